@@ -37,12 +37,12 @@ from stopwatch import Stopwatch, peak_mib
 from transformers import AutoModelForSequenceClassification, LogitsProcessor, LogitsProcessorList, PrinterCallback
 from trl import RLOOConfig, RLOOTrainer
 
-from gemma2.core.errors import Gemma2Error
 from gemma2.core.progress import SILENT
+from gemma2.posttrain.attention.kernels import installed_kernels
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.models import sampler
-from gemma2.posttrain.models.loading import check_attention, load_policy, quiet_libraries
+from gemma2.posttrain.models.loading import default_device, load_policy, quiet_libraries
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.rl.ema import EmaAnchor
 from gemma2.posttrain.rl.guards import Guards
@@ -333,15 +333,7 @@ def main() -> None:
 
 def available(gpu: bool) -> list[str]:
     """eager, and on a GPU what else can train here."""
-    names = ["eager"]
-    for name in ("flex_attention", "flash_attention_2", "flash_attention_3") if gpu else ():
-        try:
-            check_attention(name)
-        except Gemma2Error as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
-        else:
-            names.append(name)
-    return names
+    return ["eager", *(installed_kernels(default_device()) if gpu else [])]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -200,11 +200,11 @@ def run(
     out: Path | None = Out,
     set_: list[str] | None = Set,
     jobs: int | None = Jobs,
-    executor: Literal["local", "ray"] = typer.Option(
+    executor: Literal["local", "ray", "slurm"] = typer.Option(
         "local",
         "--executor",
-        metavar="local|ray",
-        help="Run stages as processes on this machine, or on a Ray cluster [default local].",
+        metavar="local|ray|slurm",
+        help="Run stages as processes on this machine, on a Ray cluster, or as SLURM jobs [default local].",
         show_default=False,
         rich_help_panel="Settings",
     ),
@@ -213,6 +213,14 @@ def run(
         "--ray-address",
         metavar="TEXT",
         help="Address of the Ray cluster; without it, a cluster is started on this machine.",
+        rich_help_panel="Settings",
+    ),
+    slurm: list[str] | None = typer.Option(
+        None,
+        "--slurm",
+        metavar="KEY=VALUE",
+        help="Option of sbatch for every stage, such as partition=gpu; repeatable.",
+        show_default=False,
         rich_help_panel="Settings",
     ),
     from_: list[str] | None = From,
@@ -240,20 +248,23 @@ def run(
       gemma2 pipeline run quickstart --out quickstart --dry-run
     """  # fmt: skip
     from gemma2.posttrain.pipelines.check import check_pipeline
-    from gemma2.posttrain.pipelines.run import check_executor, check_place, executor_of, run_pipeline
+    from gemma2.posttrain.pipelines.run import check_executor, check_place, executor_of, run_pipeline, scripts_of
     from gemma2.posttrain.planning.named_models import NamedModels
 
     if ray_address is not None and executor != "ray":
         raise UsageError("--ray-address is for --executor ray", "give that too, or drop it")
+    if slurm and executor != "slurm":
+        raise UsageError("--slurm is for --executor slurm", "give that too, or drop it")
     console = Console(as_json=as_json, quiet=quiet)
     allow(allow_host or (), allow_key or (), allow_versions)
     compiled = open_pipeline(file, out, set_)
     choice = replace(choice_of(compiled, from_ or (), only or (), force or (), keep_going), shelf=shelf_of(reuse or ()))
-    place = executor_of(executor, jobs or 1, ray_address)
+    place = executor_of(executor, jobs or 1, ray_address, slurm or ())
     if dry_run:
         check_place(compiled.root)
         check_executor(compiled, place)
-        show_plan(console, compiled, check_pipeline(compiled, choice, named=NamedModels()))
+        plan = check_pipeline(compiled, choice, named=NamedModels())
+        show_plan(console, compiled, plan, scripts_of(place, [one.stage for one in plan.to_run], compiled))
         return
     if choice.within is None:
         promise(compiled.root)
@@ -271,8 +282,8 @@ def run(
     )  # fmt: skip
 
 
-def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
-    """Print what a run would do."""
+def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan, scripts: Mapping[str, str]) -> None:
+    """Print what a run would do. scripts: of batch jobs, by stage."""
     from gemma2.posttrain.runs.machine import free_memory
 
     rows, memory = plan.rows(), free_memory()
@@ -283,11 +294,14 @@ def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan) -> None:
         "disk_gib": plan.disk / 2**30, "disk_free_gib": plan.disk_free / 2**30,
     }  # fmt: skip
     if console.as_json:
-        console.json({"plan": rows, **facts, "problems": problems, "out": str(compiled.root)})
+        more = {"scripts": dict(scripts)} if scripts else {}
+        console.json({"plan": rows, **facts, **more, "problems": problems, "out": str(compiled.root)})
     else:
         console.table([{key.replace("_", " "): value for key, value in row.items()} for row in rows])
         console.text("")
         console.result(facts, compiled.root)
+        for name, text in scripts.items():
+            console.text(f"\n# stage {name}\n{text}")
     end_plan(problems, console)
 
 

@@ -3,7 +3,8 @@
     W_out = fp32(W of the directory) + (alpha / rank) B A            (Hu et al., 2106.09685, section 4.1)
 
 The base is read again, tensor by tensor, so the output holds no error of quantising, and no second model is in memory.
-It is not exactly the model that was trained, W' + (alpha / rank) B A with W' the quantised base: `difference.py`.
+It is not exactly the model that was trained, W' + (alpha / rank) B A with W' the quantised base
+(`output_difference.py`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import open_to_readers, save_tokenizer
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
-from gemma2.posttrain.quantisation.layers import QuantisedLinear
+from gemma2.posttrain.quantisation.quantised_linear import QuantisedLinear
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
 
 __all__ = ["Products", "is_rounded", "products_of", "write_merged"]
 
@@ -61,7 +63,7 @@ def _product_of(layer: LoraLayer) -> Callable[[], Tensor]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _OutputTensor:
     """One tensor of the output. value: of a trained tensor; None: read from the base."""
 
     shape: torch.Size
@@ -76,7 +78,7 @@ def write_merged(model: Network, products: Products, base: Path, tokenizer: Toke
     ones that were trained in full, a reward model's head, are taken from it.
     Raises InputError for a base that lacks a tensor, or whose shapes changed since it was loaded.
     """
-    plain = plain_model(model)
+    plain = cast("PreTrainedModel", plain_model(model))
     shards = list(_shards(_parts(plain)))
     files = {name: file for file in weight_files(base) for name in _names(file)}
     weight_map: dict[str, str] = {}
@@ -92,30 +94,34 @@ def write_merged(model: Network, products: Products, base: Path, tokenizer: Toke
     config = copy.deepcopy(plain.config)
     config.architectures, config.dtype = [type(plain).__name__], "float32"
     config.save_pretrained(directory)
-    if getattr(plain, "generation_config", None) is not None and plain.can_generate():
+    if plain.can_generate():
         plain.generation_config.save_pretrained(directory)
     save_tokenizer(tokenizer, directory)
     open_to_readers(directory)
 
 
-def _parts(plain: Network) -> Iterator[tuple[str, _Part]]:
+def _parts(plain: PreTrainedModel) -> Iterator[tuple[str, _OutputTensor]]:
     """(name, tensor) of everything that the plain model consists of; tied tensors once."""
     for name, parameter in plain.named_parameters():
         if ".lora_" in name or ".original_module." in name:
             continue
         if ".modules_to_save." in name:
             before, _, after = name.partition(".modules_to_save.")
-            yield f"{before}.{after.partition('.')[2]}", _Part(parameter.shape, parameter.detach())
+            yield f"{before}.{after.partition('.')[2]}", _OutputTensor(parameter.shape, parameter.detach())
             continue
         owner = plain.get_submodule(name.rpartition(".")[0])
-        packed = isinstance(owner, QuantisedLinear) and name.endswith(".weight")
-        shape = torch.Size((owner.out_features, owner.in_features)) if packed else parameter.shape
-        yield name.replace(".base_layer.", "."), _Part(shape, parameter.detach() if parameter.requires_grad else None)
+        shape = parameter.shape
+        if isinstance(owner, QuantisedLinear) and name.endswith(".weight"):
+            shape = torch.Size((owner.out_features, owner.in_features))
+        yield (
+            name.replace(".base_layer.", "."),
+            _OutputTensor(shape, parameter.detach() if parameter.requires_grad else None),
+        )
 
 
-def _shards(parts: Iterator[tuple[str, _Part]]) -> Iterator[dict[str, _Part]]:
+def _shards(parts: Iterator[tuple[str, _OutputTensor]]) -> Iterator[dict[str, _OutputTensor]]:
     """Cut the tensors into files of about SHARD bytes."""
-    shard: dict[str, _Part] = {}
+    shard: dict[str, _OutputTensor] = {}
     size = 0
     for name, part in parts:
         taken = 4 * part.shape.numel()
@@ -132,7 +138,7 @@ def _names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _formed(name: str, part: _Part, products: Products, files: Mapping[str, Path], base: Path) -> Tensor:
+def _formed(name: str, part: _OutputTensor, products: Products, files: Mapping[str, Path], base: Path) -> Tensor:
     if part.value is not None:
         return part.value.float().cpu().contiguous()
     found = next((one for one in (name, name.removeprefix(PREFIX), PREFIX + name) if one in files), None)

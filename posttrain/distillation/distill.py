@@ -22,14 +22,15 @@ from trl import DistillationConfig as TrlConfig
 from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.adapters.base import check_base, load_trained
-from gemma2.posttrain.adapters.difference import policy_difference
+from gemma2.posttrain.adapters.frozen_base import check_base, load_trained
 from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located, split
-from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries, save_model
+from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import check_targets, lora_config, merged, plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_batches
@@ -69,6 +70,10 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     check_base(config)
     with open_run("distill", config, options) as run:
         reading = Reading(config)
+        named = [config.model] if config.teacher is None else [config.model, config.teacher]
+        run.origin["attention"] = settle_attention(
+            config.attention, named, progress, device=default_device(), learns=True
+        )
         setup = prepare(config, cache, reading, progress)
         unread = reading.report(progress, run.path)
         micro = config.micro_batch_size or config.batch_size
@@ -90,13 +95,15 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
 def write_student(
     trainer: GkdTrainer, setup: DistillSetup, config: DistillConfig, run: Run, progress: Progress
 ) -> JsonObject:
-    """Write the student as a plain model, and return how far it is from the one that was trained on a rounded base."""
+    """Write the student as a plain model, and return how far it is from one that was trained on a quantised base."""
     chat = setup.material.chat
     plain_model(trainer.model).generation_config.eos_token_id = chat.stop_ids
     if not is_rounded(trainer.model):
         save_model(merged(trainer.model), chat.tokenizer, run.path)
         return {}
     write_merged(trainer.model, products_of(trainer.model), config.model, chat.tokenizer, run.path)
+    if config.base_bits is None:
+        return {}
     rows = [example.ids for example in setup.heldout or setup.material.examples]
     rows = rows or [chat.prompt_ids(prompt.messages) for prompt in setup.heldout_prompts]
     return policy_difference(trainer.model, run.path, rows, progress, trainer.args.bf16)
@@ -120,7 +127,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, reading: Reading,
     tokenizer = load_tokenizer(config.model)
     if config.teacher is not None:  # before gigabytes are read
         check_same_tokenizer(load_tokenizer(config.teacher), tokenizer, str(config.teacher), str(config.model))
-    student, tokenizer = load_trained(config.model, config, progress)
+    student, tokenizer = load_trained(config.model, config, progress, config.attention)
     check_head(student, f"--model {config.model}")
     check_targets(config, student)
     chat = ChatFormat(tokenizer, student.generation_config)
@@ -134,7 +141,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, reading: Reading,
         loss = Loss(teacher, config.distill_temperature, None)
         return DistillSetup(student, loss, material, [], [cache.examples[i] for i in others], others)
     assert config.teacher is not None
-    model, _ = load_teacher(config.teacher, config.teacher_dtype)
+    model, _ = load_teacher(config.teacher, config.teacher_dtype, config.attention)
     rows = common_vocabulary(
         int(model.get_output_embeddings().weight.shape[0]), size, max(tokenizer.get_vocab().values()) + 1
     )

@@ -12,9 +12,9 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, report_overlong, tokenise
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation
-from gemma2.posttrain.models.attention import causal_masks
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
+from gemma2.posttrain.models.scorer import masked_states
 from gemma2.posttrain.schemas.distill import FixedDataFields
 
 __all__ = ["as_examples", "collate", "fixed_examples", "response_states"]
@@ -22,12 +22,7 @@ __all__ = ["as_examples", "collate", "fixed_examples", "response_states"]
 
 def response_states(model: CausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     """The last hidden states that predict the tokens of `mask`, (K, d), row by row. ids, mask: (N, T), right-padded."""
-    width = ids.shape[1]
-    positions = torch.arange(width, device=ids.device)[None]
-    output = model.base_model(
-        input_ids=ids, attention_mask=causal_masks(model, width), position_ids=positions, use_cache=False
-    )
-    result: Tensor = output.last_hidden_state[:, :-1][mask[:, 1:]]  # the state at position t predicts token t + 1
+    result: Tensor = masked_states(model, ids)[:, :-1][mask[:, 1:]]  # the state at position t predicts token t + 1
     return result
 
 

@@ -21,7 +21,7 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
-from gemma2.posttrain.schemas.fields import Dtype
+from gemma2.posttrain.schemas.fields import Attention, Dtype
 
 from .divergence import Divergence, FullTarget, Target, head_of
 from .responses import response_states
@@ -64,9 +64,9 @@ class LiveTeacher:
         return FullTarget(hidden, head_of(self.model, self.temperature, self.vocabulary), self.divergence)
 
 
-def load_teacher(path: Path, dtype: Dtype) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+def load_teacher(path: Path, dtype: Dtype, attention: Attention = "eager") -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """A frozen teacher and its tokenizer. Raises InputError for a head that is more than a product and a soft cap."""
-    model, tokenizer = load_policy(path, frozen_dtype(dtype))
+    model, tokenizer = load_policy(path, frozen_dtype(dtype), attention=attention)
     check_head(model, f"--teacher {path}")
     return model.requires_grad_(False), tokenizer
 

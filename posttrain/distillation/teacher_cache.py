@@ -30,11 +30,13 @@ from gemma2.core.json_files import JsonObject, load_json, write_json
 from gemma2.core.outputs.hashing import digest_file
 from gemma2.core.outputs.manifest import read_manifest, require_complete
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
-from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.models.loading import default_device, quiet_libraries
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.models.scorer import CHUNK
@@ -59,7 +61,14 @@ def run_cache(config: DistillCacheConfig, options: RunOptions, progress: Progres
     """
     quiet_libraries()
     with open_run("distill cache", config, options) as run:
-        model, tokenizer = load_teacher(config.teacher, config.teacher_dtype)
+        run.origin["attention"] = settle_attention(
+            config.attention,
+            [config.teacher],
+            progress,
+            dtype=frozen_dtype(config.teacher_dtype),
+            device=default_device(),
+        )
+        model, tokenizer = load_teacher(config.teacher, config.teacher_dtype, config.attention)
         vocabulary = int(model.get_output_embeddings().weight.shape[0])
         if config.top_k >= vocabulary:
             raise UsageError(f"--top-k {config.top_k} of a vocabulary of {vocabulary} leaves no rest", "lower it")

@@ -35,11 +35,12 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.models.head import head_logits
-from gemma2.posttrain.models.loading import load_policy, quiet_libraries
+from gemma2.posttrain.models.loading import default_device, load_policy, quiet_libraries
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_numbers, sample
@@ -329,13 +330,16 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
     reading = Reading(config)
     rows = reading.prompts(config.prompts, config.limit)
     dtype = frozen_dtype(config.dtype)
-    reference, tokenizer = load_policy(config.sft, dtype)
+    settled = settle_attention(
+        config.attention, [config.sft, config.model, *config.reward], progress, dtype=dtype, device=default_device()
+    )
+    reference, tokenizer = load_policy(config.sft, dtype, attention=config.attention)
     chat = ChatFormat(tokenizer, reference.generation_config)
     rows = reading.renderable(rows, chat)
     reading.report(progress)
     scores = scores_of(config, chat)
     same = config.model.resolve() == config.sft.resolve()
-    model = reference if same else load_policy(config.model, dtype)[0]
+    model = reference if same else load_policy(config.model, dtype, attention=config.attention)[0]
     check_same_vocabulary(model, reference, str(config.model), str(config.sft))
     note_other_temperature(config, progress)
     measured = measure(model, reference, chat, rows, scores, settings_of(config), progress, f"eval {config.model.name}")
@@ -346,6 +350,7 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
         "prompts": len(rows),
         "temperature": config.temperature,
         "max_new_tokens": config.max_new_tokens,
+        "attention": settled,
         "samples": list(measured.samples),
     }
 

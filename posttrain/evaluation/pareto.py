@@ -29,10 +29,11 @@ from gemma2.core.rounding import SAME_AS_START, differ, still_points
 from gemma2.merging.inputs.architecture import LM_HEAD, classifies
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_tokenizer
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.models.loading import load_policy, quiet_libraries, read_config
+from gemma2.posttrain.models.loading import default_device, load_policy, quiet_libraries, read_config
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.reports.plots.values import label_of
@@ -77,7 +78,7 @@ class Bench:
         reading = Reading(config)
         rows = reading.prompts(config.prompts, config.limit)
         self.dtype = frozen_dtype(config.dtype)
-        self.reference, tokenizer = load_policy(config.sft, self.dtype)
+        self.reference, tokenizer = load_policy(config.sft, self.dtype, attention=config.attention)
         self.chat = ChatFormat(tokenizer, self.reference.generation_config)
         self.rows: list[Prompt] = reading.renderable(rows, self.chat)
         reading.report(progress)
@@ -117,7 +118,7 @@ class Bench:
         if path.resolve() == self.config.sft.resolve():
             result: CausalLM = self.reference
             return result
-        model, _ = load_policy(path, self.dtype)
+        model, _ = load_policy(path, self.dtype, attention=self.config.attention)
         check_same_vocabulary(model, self.reference, str(path), str(self.config.sft))
         found: CausalLM = model
         return found
@@ -129,7 +130,7 @@ class Bench:
         """
         if self._line is None:
             start, end = self.config.init or self.config.sft, Path(str(self.config.merged))
-            model, _ = load_policy(end, self.dtype)
+            model, _ = load_policy(end, self.dtype, attention=self.config.attention)
             init: JsonObject
             merged: JsonObject
             if self.dtype == torch.float32:
@@ -154,6 +155,13 @@ def measure_all(
     A model that is measured already, here or in `known`, is not measured again.
     """
     bench: Bench | None = None
+    run.origin["attention"] = settle_attention(
+        config.attention,
+        [config.sft, *config.policies, *config.reward],
+        progress,
+        dtype=frozen_dtype(config.dtype),
+        device=default_device(),
+    )
     done = {entry.candidate.whole.digest: _record(entry) for entry in known if entry.candidate.whole}
     entries = []
     run.checkpoints.mkdir(exist_ok=True)

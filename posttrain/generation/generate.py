@@ -95,6 +95,16 @@ def _quiet(config: GenerateConfig) -> None:
         quiet_libraries()
 
 
+def _settled(config: GenerateConfig, progress: Progress) -> JsonObject:
+    """The attention kernel of the reward models; a teacher draws in eager attention, or in sdpa where it is asked."""
+    from gemma2.posttrain.attention.choice import settle_attention
+    from gemma2.posttrain.models.loading import default_device
+    from gemma2.posttrain.models.precision import frozen_dtype
+
+    dtype, device = frozen_dtype(config.dtype), default_device()
+    return settle_attention(config.attention, config.reward, progress, dtype=dtype, device=device)
+
+
 def _judged(
     run: Run, config: GenerateConfig, answering: Answering, chat: ChatFormat | None, progress: Progress
 ) -> Iterator[Scored]:
@@ -105,6 +115,7 @@ def _judged(
         return
     from gemma2.posttrain.rewards.terms import reward_score
 
+    run.origin["attention"] = _settled(config, progress)
     if chat is None and config.reward:
         from gemma2.posttrain.data.chat import ChatFormat
         from gemma2.posttrain.models.loading import load_tokenizer

@@ -18,7 +18,7 @@ from gemma2.posttrain.planning.named_models import NOTHING, sizes_of
 from gemma2.posttrain.runs.machine import MAIN, free_memory
 from gemma2.posttrain.schemas import StrategyFields
 
-__all__ = ["Strategy", "needed_on_one", "strategy_of"]
+__all__ = ["Strategy", "needed_on", "needed_on_one", "strategy_of"]
 
 Strategy = Literal["one", "ddp", "fsdp"]
 
@@ -28,7 +28,12 @@ def needed_on_one(config: StrategyFields, capacity: float) -> float:
 
     capacity  bytes of the GPU, for engines that take a share of it
     """
-    return _needed(config, MemoryPlace("accelerator", 1, config.strategy == "fsdp", capacity))
+    return needed_on(config, 1, capacity, config.strategy == "fsdp")
+
+
+def needed_on(config: StrategyFields, processes: int, capacity: float, sharded: bool) -> float:
+    """Return the bytes that a command needs on each of several GPUs, NaN for a model of unknown size."""
+    return _needed(config, MemoryPlace("accelerator", processes, sharded, capacity))
 
 
 def _needed(config: StrategyFields, place: MemoryPlace) -> float:
@@ -46,8 +51,8 @@ def strategy_of(config: StrategyFields, ranks: Ranks, progress: Progress = SILEN
         return "fsdp"
     if ranks.size == 1:
         return "one"
-    if config.strategy == "ddp":
-        return "ddp"
+    if config.strategy == "ddp" or getattr(config, "base_bits", None) is not None:
+        return "ddp"  # weights in few bits are not divided
     return ranks.on_main(lambda: _decided(config, ranks.size, progress))
 
 

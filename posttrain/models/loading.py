@@ -1,7 +1,7 @@
 """Loading and saving of models and tokenizers; errors where transformers only warns.
 
 Weights are read from safetensors only; a tensor missing from the checkpoint is an error, never initialised at random.
-Attention is eager by default: `sdpa` has no soft cap and Gemma 2 refuses it (Gemma 2 report, section 2).
+The attention kernel is eager unless the caller hands on what `--attention` says (posttrain/attention/choice.py).
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from gemma2.core.errors import InputError, UsageError
+from gemma2.core.errors import InputError
 from gemma2.core.foreign.code_keys import refuse_code
 from gemma2.core.json_files import JsonObject, read_json
 from gemma2.core.outputs.safetensors_header import read_header, weight_files
 from gemma2.merging.inputs.architecture import check_types, classifies
+from gemma2.posttrain.attention.choice import chosen_kernel
 from gemma2.posttrain.data.load_tokenizer import require_tokenizer
 from gemma2.posttrain.data.tokenizer import Tokenizer
+from gemma2.posttrain.schemas.fields import Attention
 
 from .as_written import check_loaded
 from .protocols import CausalLM, Network, RewardNetwork
 
 __all__ = [
-    "check_attention",
     "default_device",
     "init_reward_model",
     "load_policy",
@@ -101,18 +101,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def check_attention(name: str) -> None:
-    """Raise UsageError for an attention back end that cannot train on this machine."""
-    found = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-    if name == "eager":
-        return
-    if default_device().type == "cpu":
-        raise UsageError(f"--attention {name} needs a GPU, but no GPU was found", "use eager")
-    if name in found and not found[name]():
-        package = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}[name]
-        raise UsageError(f"--attention {name} needs the package {package}", f"pip install {package}, or use eager")
-
-
 def _load(
     factory: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
     path: Path,
@@ -121,7 +109,10 @@ def _load(
     attention: str = "eager",
     **options: object,
 ) -> PreTrainedModel:
-    """Load a model with transformers. Raises InputError for missing and unknown tensors, except `allowed_missing`."""
+    """Load a model with transformers and an attention kernel, by its name there.
+
+    Raises InputError for missing and unknown tensors, except `allowed_missing`.
+    """
     written = read_config(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
@@ -172,43 +163,54 @@ def _check_weights(path: Path, model: PreTrainedModel) -> None:
 
 
 def load_policy(
-    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None, attention: str = "eager"
+    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None, attention: Attention = "eager"
 ) -> tuple[CausalLM, Tokenizer]:
     """Load a causal LM, in eval mode, and its tokenizer. `device`: by default the accelerator if there is one.
 
-    Raises InputError if the directory is not a model, or tensors are missing, unknown or of the wrong shape.
+    Raises InputError if the directory is not a model, or tensors are missing, unknown or of the wrong shape; UsageError
+    for an attention kernel that does not fit.
     """
     config = read_config(path)
     if classifies(config):
         raise InputError(f"{path} is a reward model, not a language model", "give a causal LM")
-    model = _load(AutoModelForCausalLM, path, dtype, attention=attention)
-    return model.to(device or default_device()).eval(), load_tokenizer(path)
+    device = device or default_device()
+    model = _load(AutoModelForCausalLM, path, dtype, attention=chosen_kernel(attention, path, dtype, device))
+    return model.to(device).eval(), load_tokenizer(path)
 
 
 def load_reward_model(
-    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None, attention: Attention = "eager"
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Load a reward model, a sequence classifier with one output, in eval mode, and its tokenizer."""
     config = read_config(path)
     if not classifies(config):
         raise InputError(f"{path} is not a reward model", "train one with gemma2 reward")
-    model = _load(AutoModelForSequenceClassification, path, dtype)
+    device = device or default_device()
+    kernel = chosen_kernel(attention, path, dtype, device)
+    model = _load(AutoModelForSequenceClassification, path, dtype, attention=kernel)
     if model.config.num_labels != 1:
         raise InputError(f"{path} has {model.config.num_labels} outputs", "a reward model has one")
     tokenizer = load_tokenizer(path)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device or default_device()).eval(), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def init_reward_model(
-    path: Path, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    path: Path,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    attention: Attention = "eager",
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Build a reward model on the backbone of a language model; the head is drawn from `seed` (WARM, section 2)."""
+    device = device or default_device()
+    kernel = chosen_kernel(attention, path, dtype, device)
     torch.manual_seed(seed)
-    model = _load(AutoModelForSequenceClassification, path, dtype, allowed_missing=("score.",), num_labels=1)
+    missing = ("score.",)
+    model = _load(AutoModelForSequenceClassification, path, dtype, missing, kernel, num_labels=1)
     tokenizer = load_tokenizer(path)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device or default_device()), tokenizer
+    return model.to(device), tokenizer
 
 
 def save_model(model: Network, tokenizer: Tokenizer, directory: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.quantisation.layers import QuantisedLinear, dequantised
+from gemma2.posttrain.quantisation.quantised_linear import QuantisedLinear, dequantised
 from gemma2.posttrain.schemas import LoraFields
 from gemma2.posttrain.schemas.config import closest
 
@@ -37,7 +37,6 @@ __all__ = [
     "merged",
     "merged_copy",
     "plain_model",
-    "products",
     "save_adapter",
     "sharing_copy",
     "weight_of",
@@ -139,18 +138,12 @@ def _product_added(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
     return (weight + product).to(dtype)
 
 
-def products(model: Network) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name in the plain model, (alpha / rank) B A in fp32) of every adapted weight."""
-    for name, module in plain_model(model).named_modules():
-        if hasattr(module, "lora_A"):
-            (adapter,) = module.active_adapters
-            yield f"{name}.weight", module.get_delta_weight(adapter).detach().float()
-
-
 def is_quantised(linear: nn.Linear) -> bool:
     """Whether a linear layer, with or without an adapter, keeps its weight in 4 or 8 bits."""
-    adapted: LoraLayer | nn.Linear = linear
-    return isinstance(adapted.get_base_layer() if hasattr(adapted, "lora_A") else adapted, QuantisedLinear)
+    if not hasattr(linear, "lora_A"):
+        return isinstance(linear, QuantisedLinear)
+    adapted: LoraLayer = linear
+    return isinstance(adapted.get_base_layer(), QuantisedLinear)
 
 
 def adapters_are_products(model: Network) -> bool:
@@ -200,7 +193,8 @@ def with_weights(base: N, weights: Iterable[tuple[str, Tensor]]) -> N:
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight, linear.bias = weight, bias
+    linear.weight = weight
+    linear.register_parameter("bias", bias)
     return linear
 
 

@@ -1,6 +1,7 @@
 """In which precision a model computes, stated once.
 
 trained         weights, gradients, moments and the EMA anchor in fp32; products in bf16 on an accelerator (autocast)
+under adapters  frozen, so as what is not trained; with --base-bits matrices in 4 or 8 bits (`adapters/frozen_base.py`)
 not trained     policies that are measured or sampled from, reward models, teachers, judges: `--dtype`, by default bf16
                 on an accelerator and fp32 on a CPU. bf16 halves the memory; on a CPU it is faster only with AMX
                 (docs/benchmarks.md)

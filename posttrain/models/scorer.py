@@ -8,7 +8,8 @@ temperature, as in the model. Rows are padded on the right, out of sight of ever
 sum, and the LM head runs on completion positions only, in chunks.
 
 On a CPU eager attention runs in blocks (`causal_attention.py`), and rows of similar length share a forward pass. On an
-accelerator the model uses the attention that it was loaded with; flash and flex attention build their own causal masks.
+accelerator the model uses the attention kernel that it was loaded with: flash and flex attention make their own causal
+masks, without the T^2 scores and masks of eager attention, and flash attention reads fp32 weights under autocast.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = [
     "head_logps",
     "hidden_states",
     "last_hidden_states",
+    "masked_states",
     "mean_and_error",
     "similar_rows",
     "target_log_probs",
@@ -110,14 +112,22 @@ def similar_rows(lengths: Sequence[int], tokens: int = PART_TOKENS, cost: int = 
 
 def last_hidden_states(model: Network, ids: Tensor) -> Tensor:
     """Return (B, T, d) of rows padded on the right: causal attention never looks there, so padding needs no mask."""
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    name = model.config._attn_implementation
     # A layer that is recomputed in the backward pass would run with another attention than in the forward pass.
     recomputed = model.training and model.is_activation_checkpointing
     plain = not recomputed and not torch.is_autocast_enabled("cpu")  # autocast would mix dtypes in the gradient
-    in_blocks = name == "eager" and ids.device.type == "cpu" and can_be_blockwise(model) and plain
-    masks = causal_masks(model, ids.shape[1]) if name in ("eager", "sdpa") and not in_blocks else None
+    eager = model.config._attn_implementation == "eager"
+    in_blocks = eager and ids.device.type == "cpu" and can_be_blockwise(model) and plain
     with blockwise(model) if in_blocks else nullcontext():
+        return masked_states(model, ids)
+
+
+def masked_states(model: Network, ids: Tensor) -> Tensor:
+    """Return (B, T, d) of rows padded on the right by the model's own kernel, whole rows at a time."""
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    name, device = model.config._attn_implementation, ids.device.type
+    masks = causal_masks(model, ids.shape[1]) if name in ("eager", "sdpa") else None
+    halved = name.startswith("flash") and model.dtype == torch.float32 and not torch.is_autocast_enabled(device)
+    with torch.autocast(device, torch.bfloat16) if halved else nullcontext():
         output = model.base_model(input_ids=ids, attention_mask=masks, position_ids=positions, use_cache=False)
     states: Tensor = output.last_hidden_state
     return states

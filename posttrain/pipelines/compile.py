@@ -25,6 +25,7 @@ from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpCon
 from gemma2.posttrain.schemas.config import Config, ValueSource, closest, validated
 from gemma2.posttrain.schemas.pipeline import LONGEST_NAME, RESERVED, STAGE_NAME
 
+from .executors.reservations import check_reserved, fitting, over
 from .pipeline_file import read_pipeline
 from .references import lookup, parse_condition, references, replaced, texts
 from .warp_stages import warp_stages
@@ -265,7 +266,7 @@ def _with_warp(
         if any(".summary." in reference for _, text in texts(draft.options) for reference in references(text)):
             what = f"stages.{name}: warp takes no ${{STAGE.summary...}}"
             raise source.wrong(what, "its stages must be known at once", "stages", name, "options")
-        for option in {"jobs", "executor"} & draft.options.keys():
+        for option in sorted({"jobs", "executor", "slurm", "gpus"} & draft.options.keys()):
             what = f"stages.{name}.options.{option} is for a whole pipeline"
             hint = f"drop it; give --{option} to the run"
             raise source.wrong(what, hint, "stages", name, "options", option, of_key=True)
@@ -275,7 +276,7 @@ def _with_warp(
                 update={
                     "after": draft.after,
                     "retries": draft.retries,
-                    "resources": _over(stage.resources, draft.resources),
+                    "resources": over(stage.resources, _of_inner(stage, draft.resources)),
                 }
                 | ({"when": draft.when} if draft.when and not stage.when else {})
             )
@@ -286,9 +287,9 @@ def _with_warp(
     return found, groups
 
 
-def _over(shared: Resources, own: Resources) -> Resources:
-    """The shared resources, except where a stage has its own."""
-    return Resources(**{**shared.model_dump(exclude_none=True), **own.model_dump(exclude_none=True)})
+def _of_inner(stage: StageFile, own: Resources) -> Resources:
+    """The resources of `command: warp` for one of its stages: GPUs and machines of a gang are those of its RL runs."""
+    return own if stage.command == "rlhf" or not own.is_gang else own.model_copy(update={"gpus": None, "nodes": None})
 
 
 def _ordered(stages: Mapping[str, Stage]) -> list[str]:
@@ -338,6 +339,9 @@ class _Maker:
         if draft.when is not None:
             with self.source.located("stages", name, "when"):
                 parse_condition(draft.when)
+        resources = over(fitting(draft.command, self.shared), draft.resources)
+        with self.source.located("stages", name):
+            check_reserved(name, draft.command, draft.options, resources)
         return Stage(
             name=name,
             command=draft.command,
@@ -346,7 +350,7 @@ class _Maker:
             needs=tuple(other for other in self.drafts if other in needs),
             when=draft.when,
             retries=draft.retries,
-            resources=_over(self.shared, draft.resources),
+            resources=resources,
             source=self.source,
         )
 

@@ -40,6 +40,7 @@ from gemma2.posttrain.schemas import (
     TinyConfig,
 )
 from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.delivery.transfer import PullConfig
 
 from .compile import Stage
 
@@ -80,6 +81,8 @@ def promised_by(stage: Stage, config: Config, sources: Sources) -> Iterator[tupl
         yield out, like(config.base, ADAPTER)
     elif isinstance(config, ReplaceTokenizerConfig):
         yield out, replace(like(config.model, POLICY), vocabulary=None, parameters=None)
+    elif isinstance(config, PullConfig):
+        yield out, Promise(config.kind)
     elif isinstance(config, ParetoConfig):
         yield out, Promise(FRONT, facts=front_facts(config, known))
     elif type(config) in MAKERS:

@@ -11,7 +11,7 @@ Started again, a pipeline goes on where it was: there is no --resume.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .check import Checked, PipelinePlan, check_pipeline, look_at_pipeline
 from .compile import Pipeline, Stage
 from .decision import Choice
 from .executors.processes import LocalExecutor
-from .scheduler import Executor, Observer, Scheduler
+from .scheduler import Executor, Observer, Scheduler, job_of
 from .state import STATE_FILE, is_running, read_state, recorded_stages
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "executor_of",
     "run_pipeline",
     "run_stages",
+    "scripts_of",
     "status_rows",
 ]
 
@@ -64,13 +65,27 @@ class PipelineResult:
     ran: tuple[str, ...]
 
 
-def executor_of(name: str, jobs: int, ray_address: str | None = None) -> Executor:
-    """The executor of this name."""
+def executor_of(
+    name: str,
+    jobs: int,
+    ray_address: str | None = None,
+    slurm: Sequence[str] = (),
+    gpus: tuple[str, ...] | None = None,
+) -> Executor:
+    """The executor of this name.
+
+    slurm  settings of sbatch, KEY=VALUE
+    gpus   of this machine, as CUDA_VISIBLE_DEVICES calls them; default: all that are visible
+    """
+    if name == "slurm":
+        from .executors.slurm import SlurmExecutor
+
+        return SlurmExecutor(jobs, slurm)
     if name == "ray":
         from .executors.cluster import RayExecutor
 
         return RayExecutor(jobs, ray_address)
-    return LocalExecutor(jobs)
+    return LocalExecutor(jobs, gpus)
 
 
 def run_pipeline(
@@ -144,7 +159,16 @@ def run_stages(
 def check_executor(pipeline: Pipeline, executor: Executor) -> None:
     """Refuse resources that the executor can never provide."""
     for stage in pipeline.stages.values():
-        executor.check(stage.name, stage.resources.gpus)
+        executor.check(stage.name, stage.resources)
+
+
+def scripts_of(executor: Executor, stages: Sequence[Stage], pipeline: Pipeline) -> dict[str, str]:
+    """The batch scripts of stages, where the executor submits them; else none."""
+    from .executors.slurm import SlurmExecutor
+
+    if not isinstance(executor, SlurmExecutor):
+        return {}
+    return {one.name: executor.script(job_of(one, pipeline, executor), one.resources) for one in stages}
 
 
 def check_place(root: Path) -> None:

@@ -22,6 +22,9 @@ from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.provenance.output_state import can_go_on
 from gemma2.posttrain.runs.commands import output_hash, spell
 from gemma2.posttrain.runs.finished import tidy
+from gemma2.posttrain.schemas import Resources
+from gemma2.posttrain.schemas.config import Config
+from gemma2.posttrain.schemas.pipeline import LAUNCHED
 
 from .compile import Pipeline, Stage, with_method
 from .decision import Choice, Decision, decide, outside, prospect
@@ -29,7 +32,7 @@ from .executors.jobs import Event, Job, Outcome
 from .shelf import take
 from .state import State
 
-__all__ = ["Choice", "Executor", "Observer", "Scheduler", "StageFailed"]
+__all__ = ["Choice", "Executor", "Observer", "Scheduler", "StageFailed", "job_of"]
 
 POLL = 0.5  # seconds
 
@@ -39,9 +42,9 @@ class Executor(Protocol):
 
     def prepare(self, commands: Sequence[str]) -> None: ...
     def cpus(self, wanted: int | None) -> int: ...
-    def check(self, stage: str, wanted: int | None) -> None: ...
-    def has_room(self, command: str, wanted: int | None) -> bool: ...
-    def start(self, job: Job, wanted: int | None) -> None: ...
+    def check(self, stage: str, wanted: Resources) -> None: ...
+    def has_room(self, command: str, wanted: Resources) -> bool: ...
+    def start(self, job: Job, wanted: Resources) -> None: ...
     def poll(self, seconds: float) -> tuple[list[tuple[str, Event]], dict[str, Outcome]]: ...
     def stop(self) -> None: ...
     def close(self) -> None: ...
@@ -168,7 +171,7 @@ class Scheduler:
             return True
         if found.action == "reuse":
             return self._reuse(found)
-        if failing or not self.executor.has_room(stage.command, stage.resources.gpus):
+        if failing or not self.executor.has_room(stage.command, stage.resources):
             return False
         self._start(found)
         return True
@@ -198,25 +201,18 @@ class Scheduler:
             self.prepared = True
         attempts = self.tries[stage.name] = self.tries.get(stage.name, 0) + 1
         resume = found.action == "continue"
-        job = Job(
-            stage=stage.name,
-            command=stage.command,
+        job = replace(
+            job_of(stage, self.pipeline, self.executor),
             options=with_method(stage.command, _located_options(found)),
-            out=str(stage.out),
-            log=str(self.pipeline.root / "logs" / f"{stage.name}.log"),
             resume=resume,
             # Leftovers of an interrupted run of something else do not stop this one.
             force=stage.out.exists() or (not resume and partial_path(stage.out).exists()),
-            folder=os.getcwd(),
-            modules=tuple(sys.path),
-            cpus=self.executor.cpus(stage.resources.cpus),
-            permissions=permissions(),
         )
         why = "; ".join([*(["goes on where it was"] if resume else map(str, found.why)), *found.notes])
-        self.observer.started(stage, spell(stage.command, found.config, stage.out), why)
+        self.observer.started(stage, spell(stage.command, _launched(stage, found.config), stage.out), why)
         self.started[stage.name] = time.monotonic()
         self.state.set(stage.name, status="running", started=now(), ended=None, attempts=attempts, exit_code=None)
-        self.executor.start(job, stage.resources.gpus)
+        self.executor.start(job, stage.resources)
 
     # --- ending -------------------------------------------------------------------------------------------------------
 
@@ -289,6 +285,33 @@ class Scheduler:
         for key in [*self.bars]:
             if stage in (None, key[0]) and number in (None, key[1]):
                 self.bars.pop(key)[0].__exit__(None, None, None)
+
+
+def job_of(stage: Stage, pipeline: Pipeline, executor: Executor) -> Job:
+    """The job of a stage that begins anew, with its options as the file has them."""
+    return Job(
+        stage=stage.name,
+        command=stage.command,
+        options=stage.options,
+        out=str(stage.out),
+        log=str(pipeline.root / "logs" / f"{stage.name}.log"),
+        resume=False,
+        force=False,
+        folder=os.getcwd(),
+        modules=tuple(sys.path),
+        cpus=executor.cpus(stage.resources.cpus),
+        permissions=permissions(),
+        processes=stage.resources.gpus or 1,
+        nodes=stage.resources.nodes or 1,
+    )
+
+
+def _launched(stage: Stage, config: Config) -> Config:
+    """The configuration with the GPUs and machines of a gang, as its command line has them."""
+    reserved = stage.resources
+    return config.model_copy(
+        update=reserved.model_dump(include={*LAUNCHED}, exclude_none=True) if reserved.is_gang else {}
+    )
 
 
 class _SomeFailed(Exception):

@@ -29,7 +29,7 @@ from gemma2.posttrain.schemas.fields import RowFields
 
 __all__ = ["run_seed", "warp_stages"]
 
-SHARED = {*TrainingFields.model_fields, *RlFields.model_fields} - {"seed"}
+SHARED = {*TrainingFields.model_fields, *RlFields.model_fields, "strategy"} - {"seed"}
 
 
 def run_seed(seed: int, iteration: int, policy: int) -> int:
@@ -45,10 +45,15 @@ def warp_stages(config: WarpConfig, prefix: str = "") -> dict[str, StageFile]:
         stages |= maker.iteration(iteration)
     stages["front"] = maker.front()
     stages["model"] = _stage("pick", {"front": maker.out("front"), "pick": config.pick})
-    if config.cpus is None:
-        return stages
-    resources = Resources(cpus=config.cpus)
-    return {name: stage.model_copy(update={"resources": resources}) for name, stage in stages.items()}
+    return {name: stage.model_copy(update={"resources": _reserved(config, stage)}) for name, stage in stages.items()}
+
+
+def _reserved(config: WarpConfig, stage: StageFile) -> Resources:
+    """The resources of a stage: GPUs and machines for RL runs; the others have one GPU where they run a network."""
+    if stage.command != "rlhf":
+        return Resources(cpus=config.cpus)
+    nodes = config.nodes if config.nodes > 1 else None
+    return Resources(cpus=config.cpus, gpus=config.gpus_per_policy, nodes=nodes)
 
 
 def _stage(command: str, options: JsonMapping, when: str | None = None) -> StageFile:

@@ -22,7 +22,7 @@ from gemma2.posttrain.schemas import (
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .activations import NetworkInUse, RowBatch, decode_bytes, sampler_logits
-from .learning import CHUNK, PROMPT, Sizes, chunk_logits, decoding_copies, dtype_bytes, resident
+from .learning import CHUNK, PROMPT, Sizes, chunk_logits, decoding_copies, dtype_bytes, kernel_on, resident
 from .parts import Bytes, Lengths, MemoryPlace, Moment, Sum, blocks
 from .reinforcing import frozen_bytes, reading, reward_models, scoring
 from .shapes import ModelShape
@@ -72,7 +72,7 @@ def of_generate(config: GenerateConfig, sizes: Sizes, place: MemoryPlace, length
         moments.append(Moment("generate", [("weights", resident(shape, 2)), ("KV cache", cache)]))
     if config.reward:
         batch = RowBatch(config.batch_size, prompt + config.max_new_tokens)
-        networks = [reading(path, sizes, place) for path in config.reward]
+        networks = [reading(path, sizes, place, config.attention) for path in config.reward]
         moments.append(scoring(reward_models(config, sizes, place), networks, batch, place))
     return moments
 
@@ -87,7 +87,7 @@ def of_pairs(config: PairsConfig, sizes: Sizes, place: MemoryPlace, lengths: Len
     if ":" not in config.judge:
         batch = RowBatch(config.batch_size, prompt + config.max_new_tokens)
         base: Sum = [("reward models", resident(sizes(judge), frozen_bytes(config, place)))]
-        moments.append(scoring(base, [reading(judge, sizes, place)], batch, place))
+        moments.append(scoring(base, [reading(judge, sizes, place, config.attention)], batch, place))
     return moments
 
 
@@ -100,7 +100,7 @@ def _measured(
     shape = sizes(config.sft)
     drawn = max(config.n, config.batch_size // config.n * config.n)
     generate = answering(shape, base, drawn, prompt, config.max_new_tokens, 4, True)
-    networks = [reading(path, sizes, place) for path in (*config.reward, config.sft, *policies)]
+    networks = [reading(path, sizes, place, config.attention) for path in (*config.reward, config.sft, *policies)]
     batch = RowBatch(config.batch_size, prompt + config.max_new_tokens)
     return [generate, scoring(base, networks, batch, place, both=bool(policies))]
 
@@ -136,7 +136,7 @@ def of_score(
         width = lengths.row or config.max_length or shape.context
         base: Sum = [("reward models", resident(shape, frozen_bytes(config, place)))]
         rows = RowBatch(config.batch_size, min(width, config.max_length or width))
-        moments.append(scoring(base, [reading(path, sizes, place)], rows, place))
+        moments.append(scoring(base, [reading(path, sizes, place, config.attention)], rows, place))
     return moments
 
 
@@ -145,14 +145,16 @@ def of_probe(config: ProbeConfig, sizes: Sizes, place: MemoryPlace, lengths: Len
     shape = sizes(config.model)
     base: Sum = [("weights", resident(shape, frozen_bytes(config, place)))]
     rows = RowBatch(config.batch_size, min(config.max_length, lengths.row or config.max_length))
-    return [scoring(base, [reading(config.model, sizes, place)], rows, place)]
+    return [scoring(base, [reading(config.model, sizes, place, config.attention)], rows, place)]
 
 
 def of_cache(config: DistillCacheConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
-    """Return the moments of `gemma2 distill cache`: the teacher reads whole batches with eager attention."""
+    """Return the moments of `gemma2 distill cache`: the teacher reads whole batches, on a CPU with eager attention."""
     shape = sizes(config.teacher)
     item = dtype_bytes(config.teacher_dtype, place)
-    network = NetworkInUse(shape, "eager", mixed=item == 2)
+    network = NetworkInUse(
+        shape, "eager" if place.kind == "cpu" else kernel_on(place, config.attention), mixed=item == 2
+    )
     rows = RowBatch(config.batch_size, min(config.max_length, lengths.row or config.max_length))
     chunk = min(rows.count, max(1, CHUNK // max(1, shape.vocabulary))) * shape.vocabulary * 4.0
     parts: Sum = [("teacher", resident(shape, item)), ("activations", network.forward_bytes(rows))]

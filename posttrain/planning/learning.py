@@ -29,6 +29,7 @@ __all__ = [
     "dtype_bytes",
     "gathered",
     "generating",
+    "kernel_on",
     "of_distill",
     "of_reward",
     "of_sft",
@@ -56,6 +57,9 @@ class Trained:
     embedding  memory of the gradient of the embedding; none if it is frozen
     tied       whether the output head shares the embedding
     records    bytes that are kept of the start, to see how far the weights moved
+    item       bytes of an element of the weights as they are loaded
+    formed     bytes of the matrix of a quantised base that a product is formed with; 0: the base is not quantised
+    unpacked   bytes of the base before it was quantised, where it is loaded to the same memory
     """
 
     network: NetworkInUse
@@ -65,6 +69,9 @@ class Trained:
     embedding: Bytes
     tied: bool
     records: float
+    item: float = 4.0
+    formed: float = 0.0
+    unpacked: float = 0.0
 
     def state(self) -> Sum:
         """Weights, the optimizer's moments (Adam, fp32), and the records of the start."""
@@ -72,18 +79,31 @@ class Trained:
             ("weights", Bytes(self.weights)),
             ("optimizer", Bytes(8 * self.elements)),
             ("records of the start", Bytes(self.records)),
+            ("dequantised matrix", Bytes(self.formed)),
         ]
 
 
-def trained(config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: Mapping[str, object]) -> Trained:
-    """Return what training a model of this shape takes. `mapping`: the options under `trainer:`."""
+def kernel_on(place: MemoryPlace, asked: str) -> Attention:
+    """Return how a model attends that reads whole rows: on a CPU in blocks, on an accelerator as `--attention` says.
+
+    auto counts as flex_attention, which it takes unless the check before the start finds it wrong.
+    """
+    if place.kind == "cpu":
+        return "blockwise"
+    return "eager" if asked == "eager" else "flash"
+
+
+def trained(
+    config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: Mapping[str, object], asked: str
+) -> Trained:
+    """Return what training a model of this shape takes. `mapping`: the options under `trainer:`; asked: --attention."""
     rank, share = config.lora_rank, 1 / place.shards
     adapters = shape.adapter_parameters(rank, config.lora_targets) if rank else 0.0
     accelerated = place.kind == "accelerator"
     checkpointing = bool(mapping.get("activation_checkpointing", accelerated))
-    attention: Attention = "eager" if accelerated or checkpointing else "blockwise"
-    if accelerated and getattr(config, "attention", "eager") != "eager":
-        attention = "flash"
+    attention = kernel_on(place, asked)
+    if attention == "blockwise" and checkpointing:
+        attention = "eager"
     network = NetworkInUse(
         shape,
         attention,
@@ -94,15 +114,20 @@ def trained(config: LoraFields, shape: ModelShape, place: MemoryPlace, mapping: 
         adapted=len(shape.adapted(config.lora_targets)) if rank else 0,
     )
     embedding = blocks(4.0 * shape.embedding)
+    item = dtype_bytes(str(getattr(config, "dtype", "auto")), place) if rank else 4.0
+    base = shape.parameters * item if config.base_bits is None else shape.quantised_bytes(config.base_bits, item)
     return Trained(
         network,
-        weights=((2 if rank and accelerated else 4) * shape.parameters + 4 * adapters) * share,
+        weights=(base + 4 * adapters) * share,
         elements=(adapters if rank else shape.parameters) * share,
         gradients=(Bytes(0.0, 4 * adapters, 4 * adapters) if rank else _gradients(shape)) * share,
         # Divided weights are gathered with their gradients (`gathered`): the two of the embedding among them.
         embedding=Bytes() if rank or place.full_shard else embedding,
         tied=shape.tied and not shape.outputs,
         records=0.0 if rank else 8 * _sampled(shape),
+        item=item,
+        formed=item * shape.largest_matrix() if config.base_bits else 0.0,
+        unpacked=item * shape.parameters if config.base_bits and not accelerated else 0.0,
     )
 
 
@@ -186,10 +211,11 @@ def training(
     if place.full_shard and network.trained:
         moments.append(Moment(name, [*always, *gathered(shape, item, place, "end"), ("gradients", one.gradients)]))
     # Before the first step decoding is compared with the forward pass (forward_check.py); new adapters add nothing yet.
-    copies = Bytes() if shape.outputs else decoding_copies(shape, 4)
+    copies = Bytes() if shape.outputs or one.formed else decoding_copies(shape, one.item)
     start: Sum = [
         *base,
         ("weights", Bytes(one.weights)),
+        ("weights before they are quantised", Bytes(one.unpacked)),
         ("records of the start", Bytes(one.records)),
         ("copies of weights for decoding", copies),
     ]
@@ -211,7 +237,7 @@ def _copies(one: Trained, place: MemoryPlace) -> Sum:
 def of_sft(config: SftConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 sft`."""
     shape = sizes(config.model)
-    one = trained(config, shape, place, config.trainer)
+    one = trained(config, shape, place, config.trainer, config.attention)
     width = min(config.max_length, lengths.row or config.max_length)
     rows = rows_of_each(config.batch_size, place)
     micro = RowBatch(config.micro_batch_size or rows, config.max_length if config.packing else width)
@@ -224,7 +250,7 @@ def of_sft(config: SftConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths
 def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 reward`. A row is one side of a pair."""
     shape = replace(sizes(config.model), outputs=1)
-    one = trained(config, shape, place, config.trainer)
+    one = trained(config, shape, place, config.trainer, config.attention)
     width = min(config.max_length, lengths.row or config.max_length)
     rows = rows_of_each(config.batch_size, place)
     pairs = config.micro_batch_size or rows
@@ -238,9 +264,9 @@ def of_reward(config: RewardConfig, sizes: Sizes, place: MemoryPlace, lengths: L
 def of_distill(config: DistillConfig, sizes: Sizes, place: MemoryPlace, lengths: Lengths) -> list[Moment]:
     """Return the moments of `gemma2 distill`: the student answers, then both models read the answers."""
     shape = sizes(config.model)
-    one = trained(config, shape, place, config.trainer)
-    if one.network.attention != "flash":
-        one = replace(one, network=replace(one.network, attention="eager"))
+    one = trained(config, shape, place, config.trainer, config.attention)
+    kernel: Attention = "eager" if place.kind == "cpu" else one.network.attention
+    one = replace(one, network=replace(one.network, attention=kernel))
     base: Sum = []
     item = dtype_bytes(config.teacher_dtype, place)
     if config.teacher is not None:
@@ -255,7 +281,7 @@ def of_distill(config: DistillConfig, sizes: Sizes, place: MemoryPlace, lengths:
     logits = blocks(chunk, DIVERGENCE_COPIES[config.divergence])
     moments = training(one, base, batch, logits, micro < rows, place)
     if config.teacher is not None:
-        reading = NetworkInUse(sizes(config.teacher), "eager", mixed=place.kind == "accelerator")
+        reading = NetworkInUse(sizes(config.teacher), kernel, mixed=place.kind == "accelerator")
         kept = one.network.saved_bytes(batch) + reading.forward_bytes(batch)
         copies = [*_copies(one, place), *gathered(sizes(config.teacher), item, place, "forward")]
         moments.append(Moment("train", [*base, *one.state(), *copies, ("activations", kept)]))
@@ -282,7 +308,10 @@ def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int, place:
     prefill = replace(one.network, attention="eager", checkpointing=False).forward_bytes(RowBatch(rows, prompt))
     # Under autocast every matrix is converted once; the products of adapters are added to copies.
     whole = place.full_shard
-    copies = decoding_copies(shape, item, every=not one.network.trained or (one.network.mixed and not whole))
+    every = not one.network.trained or (one.network.mixed and not whole)
+    copies = Bytes() if one.formed else decoding_copies(shape, item, every)
+    if one.network.mixed and one.network.trained and not shape.outputs:  # the head as well
+        copies += blocks(2.0 * shape.embedding)
     parts: Sum = [
         *base,
         *one.state(),
@@ -295,13 +324,13 @@ def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int, place:
     return Moment("generate", parts)
 
 
-def decoding_copies(shape: ModelShape, item: int, every: bool = False) -> Bytes:
+def decoding_copies(shape: ModelShape, item: float, every: bool = False) -> Bytes:
     """Memory of the weights that decoding joins, those of queries, keys and values; of all of them if `every`."""
     queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
-    found = blocks(float(item) * shape.hidden * (queries + 2 * keys), shape.layers)
+    found = blocks(item * shape.hidden * (queries + 2 * keys), shape.layers)
     others = [size for name, size in shape.linear_layers().items() if name[0] not in "qkv"]
     for inputs, outputs in others if every else []:
-        found += blocks(float(item) * inputs * outputs, shape.layers)
+        found += blocks(item * inputs * outputs, shape.layers)
     return found
 
 

@@ -19,6 +19,7 @@ from .learning import (
     dtype_bytes,
     gathered,
     generating,
+    kernel_on,
     resident,
     trained,
     training,
@@ -43,9 +44,9 @@ def reward_models(config: RewardFields, sizes: Sizes, place: MemoryPlace) -> Sum
     return [("reward models", resident(sizes(path), item, share)) for path in paths]
 
 
-def reading(path: Path, sizes: Sizes, place: MemoryPlace, mixed: bool = False) -> NetworkInUse:
-    """Return a frozen model that scores rows, as `models/scorer.py` runs it."""
-    return NetworkInUse(sizes(path), "blockwise" if place.kind == "cpu" else "eager", mixed=mixed)
+def reading(path: Path, sizes: Sizes, place: MemoryPlace, asked: str, mixed: bool = False) -> NetworkInUse:
+    """Return a frozen model that scores rows, as `models/scorer.py` runs it. asked: --attention."""
+    return NetworkInUse(sizes(path), kernel_on(place, asked), mixed=mixed)
 
 
 def scoring(base: Sum, networks: list[NetworkInUse], batch: RowBatch, place: MemoryPlace, both: bool = False) -> Moment:
@@ -93,7 +94,7 @@ def rl_moments(
 ) -> list[Moment]:
     """Return the moments of RL. reference: the policy that the KL is measured to, None if it is where RL starts."""
     shape = sizes(policy)
-    one = trained(config, shape, place, trainer)
+    one = trained(config, shape, place, trainer, config.attention)
     network = one.network
     base: Sum = []
     item = frozen_bytes(config, place)
@@ -115,8 +116,8 @@ def rl_moments(
     if config.engine == "vllm" and config.vllm_mode == "colocate":
         held = Bytes(config.vllm_memory * place.capacity)
         generate = Moment("generate", [*base, *one.state(), ("vLLM", held)])
-    scorers = [reading(path, sizes, place, network.mixed) for path in config.reward]
-    scorers.append(replace(network, attention="blockwise" if place.kind == "cpu" else "eager"))
+    scorers = [reading(path, sizes, place, config.attention, network.mixed) for path in config.reward]
+    scorers.append(replace(network, attention=kernel_on(place, config.attention)))
     widest = max((one.shape for one in scorers), key=lambda shape: shape.embedding)
     passed = gathered(widest, 2 if network.mixed else 4, place, "forward")
     score = scoring([*measured, *base, *one.state(), *passed], scorers, RowBatch(micro, width), place, both=True)

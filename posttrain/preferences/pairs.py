@@ -23,6 +23,7 @@ from random import Random
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.seeds import derived_seed
 from gemma2.posttrain.data.sources import to_line
@@ -31,7 +32,8 @@ from gemma2.posttrain.generation.dialogues import Dialogue, DialoguePlan
 from gemma2.posttrain.generation.engines.local import SamplerEngine
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.generation.scoring import Scored, scored
-from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.models.loading import default_device, quiet_libraries
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.rewards.functions import Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
@@ -59,7 +61,9 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
         server = stack.enter_context(closing(judge_engine(config, progress))) if template else None
         journal = stack.enter_context(Journal(run.checkpoints / "answers.jsonl"))
         params = SamplingParams(config.max_new_tokens, config.temperature)
-        with closing(SamplerEngine.load(config.model, params, config.batch_size, config.dtype)) as engine:
+        with closing(
+            SamplerEngine.load(config.model, params, config.batch_size, config.dtype, attention=config.attention)
+        ) as engine:
             reading = Reading(config)
             source, plan = (
                 PromptSource(config.prompts, reading, config.limit),
@@ -75,7 +79,13 @@ def run_pairs(config: PairsConfig, options: RunOptions, progress: Progress = SIL
         if server is not None:
             chunks = judged(answering, scores, server, judge, prompts, progress)
         else:
-            score = score or reward_score(RewardFields(reward=(judge_model,)), chat, config.batch_size)
+            if judge_model is not None:
+                run.origin["attention"] = settle_attention(
+                    config.attention, [judge_model], progress, dtype=frozen_dtype("auto"), device=default_device()
+                )
+                terms = RewardFields(reward=(judge_model,), attention=config.attention)
+                score = reward_score(terms, chat, config.batch_size)
+            assert score is not None
             chunks = scored(answering, scores, score, chat, lambda dialogue: bool(dialogue.answers), progress)
         return run.finish(_write(run, config, chunks, progress) | unread | (judge.facts() if server else {}))
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from gemma2.core.errors import GuardStop
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import split
-from gemma2.posttrain.models.loading import quiet_libraries, save_model
+from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
 from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import hidden_states
@@ -45,7 +46,8 @@ def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SIL
     """
     quiet_libraries()
     with open_run("reward probe", config, options) as run:
-        model, tokenizer = starting_model(config.model, config.seed, None, progress)
+        run.origin["attention"] = settle_attention(config.attention, [config.model], progress, device=default_device())
+        model, tokenizer = starting_model(config.model, config.seed, None, progress, config.attention)
         reading = Reading(config)
         training, heldout = split(reading.pairs(config.data), config.eval_fraction, config.seed)
         chat = ChatFormat(tokenizer)

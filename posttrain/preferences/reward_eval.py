@@ -12,10 +12,11 @@ from pathlib import Path
 from gemma2.core.errors import GuardStop, InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Pair
-from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.models.loading import default_device, quiet_libraries
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import Parent, check_parents
@@ -39,20 +40,23 @@ def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> Js
     """
     quiet_libraries()
     check_parents([Parent("models", path) for path in config.models])
+    settled = settle_attention(
+        config.attention, config.models, progress, dtype=frozen_dtype(config.dtype), device=default_device()
+    )
     reading = Reading(config)
     pairs = reading.pairs(config.data, config.limit)
     if config.by is not None:
         check_column(pairs, config.by)
     models = [evaluate(path, pairs, config, reading, progress) for path in config.models]
     reading.report(progress)
-    return {"data": str(config.data), "pairs": len(pairs), "models": models}
+    return {"data": str(config.data), "pairs": len(pairs), "models": models, "attention": settled}
 
 
 def evaluate(
     path: Path, pairs: Sequence[Pair], config: RewardEvalConfig, reading: Reading, progress: Progress
 ) -> JsonObject:
     """Return the figures of one reward model on the pairs."""
-    model = RewardModel.from_dir(path, frozen_dtype(config.dtype))
+    model = RewardModel.from_dir(path, frozen_dtype(config.dtype), config.attention)
     longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
     kept, dropped = tokenise_pairs(pairs, ChatFormat(model.tokenizer), longest, reading)
     report_dropped(dropped, len(pairs), longest, progress)

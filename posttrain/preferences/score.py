@@ -23,12 +23,13 @@ from torch import Tensor
 
 from gemma2.core.errors import InputError
 from gemma2.core.progress import SILENT, Progress, Task
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Message, conversation_of, located, pair_of
 from gemma2.posttrain.data.sources import Row, ShardWriter
 from gemma2.posttrain.generation.journal import Journal
-from gemma2.posttrain.models.loading import load_tokenizer, quiet_libraries
+from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.rewards.model import RewardModel
@@ -59,6 +60,9 @@ def run_score(config: RewardScoreConfig, options: RunOptions, progress: Progress
     """
     quiet_libraries()
     with open_run("reward score", config, options) as run:
+        run.origin["attention"] = settle_attention(
+            config.attention, [config.model], progress, dtype=frozen_dtype(config.dtype), device=default_device()
+        )
         reading = Reading(config)
         chat = ChatFormat(load_tokenizer(config.model))
         total = check_rows(config, reading, chat, progress)
@@ -144,7 +148,7 @@ def _fill(config: RewardScoreConfig, reading: Reading, journal: Journal, bar: Ta
     done = sum(len(record["scores"]) for record in journal.records())
     bar.advance(done)
     rows = islice(_rows(config, reading), done, None)
-    model = RewardModel.from_dir(config.model, frozen_dtype(config.dtype))
+    model = RewardModel.from_dir(config.model, frozen_dtype(config.dtype), config.attention)
     chat = ChatFormat(model.tokenizer)
     longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
     while chunk := list(islice(rows, CHUNK)):

@@ -19,14 +19,15 @@ from torch import Tensor
 from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.adapters.base import check_base
-from gemma2.posttrain.adapters.difference import score_difference
+from gemma2.posttrain.adapters.frozen_base import check_base
 from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import score_difference
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import split
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.models.loading import quiet_libraries, save_model
+from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, plain_model
 from gemma2.posttrain.models.protocols import Network, RewardNetwork
 from gemma2.posttrain.rewards.model import RewardModel
@@ -56,7 +57,12 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
     with open_run("reward", config, options) as run:
         if config.from_head is None and is_classifier(config.model):
             progress.note(f"{config.model} is a reward model: its head is kept and trained further")
-        model, tokenizer = starting_model(config.model, config.seed, config.from_head, progress, config)
+        run.origin["attention"] = settle_attention(
+            config.attention, [config.model], progress, device=default_device(), learns=True
+        )
+        model, tokenizer = starting_model(
+            config.model, config.seed, config.from_head, progress, config.attention, config
+        )
         reading = Reading(config)
         training, heldout = split(reading.pairs(config.data), config.eval_fraction, config.seed)
         chat = ChatFormat(tokenizer)
@@ -81,7 +87,8 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
         if is_rounded(trainer.model):
             plain = plain_model(trainer.model)
             write_merged(trainer.model, products_of(trainer.model), config.model, tokenizer, run.path)
-            figures |= compared(plain, tokenizer, run, heldout_pairs or pairs, progress)
+            if config.base_bits:
+                figures |= compared(plain, tokenizer, run, heldout_pairs or pairs, progress)
         else:
             plain = merged(trainer.model)
             save_model(plain, tokenizer, run.path)

@@ -37,7 +37,7 @@ KIND_OF_OPTION: dict[str, Kind] = {
     **dict.fromkeys(("data", "prompts", "heldout", "eval_data", "perplexity", "qa", "choices"), "rows"),
     "decontaminate": "evaluation rows",
     "front": "front",
-    **dict.fromkeys(("fronts", "teacher_cache"), "output"),
+    **dict.fromkeys(("fronts", "teacher_cache", "outputs"), "output"),
     "source": "source",
     "tokenizer": "tokenizer",
     **dict.fromkeys(("judge_prompt", *FILES), "file"),

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from gemma2.core.errors import InputError
 
-from .layers import Bits, QuantisedLinear
 from .nf4 import require_bitsandbytes
+from .quantised_linear import Bits, QuantisedLinear
 
 __all__ = ["WORST", "QuantisationError", "quantise", "quantised_layers"]
 

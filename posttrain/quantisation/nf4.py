@@ -68,11 +68,11 @@ class FourBitWeight:
     def product(self, x: Tensor, packed: Tensor) -> Tensor | None:
         """Return x (..., in) @ W.T without forming W; None where no kernel does. Records no gradient.
 
-        bitsandbytes chooses the kernel by the number of rows; on a CPU there is none for these blocks.
+        bitsandbytes chooses the kernel by the number of rows; on a CPU it has no kernel for these blocks.
         """
         if x.device.type == "cpu" or self.shape[1] % BLOCK:
             return None
-        from bitsandbytes import matmul_4bit
+        from bitsandbytes.autograd._functions import matmul_4bit
 
         state = copy.copy(self.state)
         state.shape = self.shape
@@ -85,7 +85,7 @@ class FourBitWeight:
 
     def to(self, device: torch.device) -> None:
         """Move the scales; the layer moves the elements."""
-        self.state.to(device)
+        self.state.to(device)  # type: ignore[no-untyped-call]  # the library's own
 
     def scale_bytes(self) -> int:
         """Return the bytes of scales and tables."""

@@ -22,6 +22,7 @@ from gemma2.posttrain.models.loading import load_reward_model
 from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import hidden_states
+from gemma2.posttrain.schemas.fields import Attention
 
 __all__ = ["RewardModel", "shaped_rewards"]
 
@@ -37,9 +38,9 @@ class RewardModel:
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_dir(cls, path: Path, dtype: torch.dtype = torch.float32) -> RewardModel:
+    def from_dir(cls, path: Path, dtype: torch.dtype = torch.float32, attention: Attention = "eager") -> RewardModel:
         """Load from a model directory. Raises InputError if it is not a reward model."""
-        return cls(*load_reward_model(path, dtype))
+        return cls(*load_reward_model(path, dtype, attention=attention))
 
     @torch.no_grad()
     def score(

@@ -131,10 +131,12 @@ def _terms(config: RewardFields, chat: ChatFormat, batch_size: int) -> list[Term
 
 
 def _model_scores(config: RewardFields, chat: ChatFormat, batch_size: int) -> list[Score]:
-    dtype = frozen_dtype(config.dtype)
+    dtype, kernel = frozen_dtype(config.dtype), config.attention
     if config.reward_ensemble == "warm":
-        return [_model_score(averaged_reward_model(config.reward, dtype), "the average", chat, batch_size)]
-    members = [_model_score(RewardModel.from_dir(path, dtype), str(path), chat, batch_size) for path in config.reward]
+        return [_model_score(averaged_reward_model(config.reward, dtype, kernel), "the average", chat, batch_size)]
+    members = [
+        _model_score(RewardModel.from_dir(path, dtype, kernel), str(path), chat, batch_size) for path in config.reward
+    ]
     return [_ensemble_score(members, config.reward_ensemble)] if config.reward_ensemble else members
 
 

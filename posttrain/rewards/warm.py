@@ -19,7 +19,9 @@ from torch import Tensor
 from gemma2.core.errors import InputError
 from gemma2.merging.inputs.checkpoint import open_checkpoint
 from gemma2.merging.inputs.compatibility import check_same_architecture, check_same_tensors, check_same_tokenizer
+from gemma2.posttrain.attention.choice import chosen_kernel
 from gemma2.posttrain.models.loading import default_device, load_reward_model
+from gemma2.posttrain.schemas.fields import Attention
 
 from .model import RewardModel
 
@@ -27,7 +29,9 @@ __all__ = ["averaged_reward_model"]
 
 
 @torch.no_grad()
-def averaged_reward_model(paths: Sequence[Path], dtype: torch.dtype = torch.float32) -> RewardModel:
+def averaged_reward_model(
+    paths: Sequence[Path], dtype: torch.dtype = torch.float32, attention: Attention = "eager"
+) -> RewardModel:
     """Return the average of reward models, formed in fp32 and rounded to `dtype`.
 
     Raises InputError for models that cannot be averaged, naming the first difference.
@@ -48,6 +52,7 @@ def averaged_reward_model(paths: Sequence[Path], dtype: torch.dtype = torch.floa
         del other
     for summed in total.values():
         summed /= len(paths)
+    model.config._attn_implementation = chosen_kernel(attention, paths[0], dtype, default_device())
     return RewardModel((model.bfloat16() if dtype == torch.bfloat16 else model).to(default_device()), tokenizer)
 
 

@@ -38,7 +38,7 @@ from gemma2.core.errors import InputError
 from gemma2.posttrain.adapters.merged_output import Products, products_of
 from gemma2.posttrain.models.lora import adapted_weights, merged_copy, with_weights
 from gemma2.posttrain.models.protocols import CausalLM
-from gemma2.posttrain.quantisation.layers import dequantised
+from gemma2.posttrain.quantisation.quantised_linear import dequantised
 
 __all__ = ["EmaAnchor", "FactorAnchor", "LoraAnchor"]
 

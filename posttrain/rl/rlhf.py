@@ -27,9 +27,10 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks, join
-from gemma2.posttrain.adapters.base import check_base
-from gemma2.posttrain.adapters.difference import policy_difference
+from gemma2.posttrain.adapters.frozen_base import check_base
 from gemma2.posttrain.adapters.merged_output import Products, is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
@@ -82,6 +83,9 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     with open_run("rlhf", config, options, ranks=ranks) as run:
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
+        run.origin["attention"] = settle_attention(
+            config.attention, [config.policy, *config.reward], progress, device=default_device(), learns=True
+        )
         setup = prepare(config, prompts, micro, ranks, progress)
         setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)
         heldout = reading.renderable(heldout, setup.rollout.chat)
@@ -279,9 +283,9 @@ def save_on_base(products: Products, setup: RlSetup, config: RlhfConfig, directo
 def difference(
     trainer: AnchoredRlooTrainer, setup: RlSetup, config: RlhfConfig, run: Run, progress: Progress
 ) -> JsonObject:
-    """How far the output is from the policy that was trained, on prompts, if it was trained on a rounded base."""
+    """How far the output is from the policy that was trained, on prompts, if that has a quantised base."""
     policy, rollout = setup.rollout.policy, setup.rollout
-    if config.lora_output == "adapter" or not is_rounded(policy):
+    if config.lora_output == "adapter" or config.base_bits is None:
         return {}
     prompts = [rollout.encode(prompt) for prompt in rollout.prompts[:DIFFERENCE_PROMPTS]]
     return policy_difference(policy, run.path, prompts, progress, trainer.args.bf16)

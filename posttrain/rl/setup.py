@@ -15,7 +15,7 @@ import torch
 
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks
-from gemma2.posttrain.adapters.base import load_trained
+from gemma2.posttrain.adapters.frozen_base import load_trained
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import check_same_vocabulary
@@ -55,7 +55,7 @@ def prepare(
 
     Raises InputError for unusable models, UsageError for adapters that no layer can have.
     """
-    policy, tokenizer = load_trained(config.policy, config, progress)
+    policy, tokenizer = load_trained(config.policy, config, progress, config.attention)
     check_targets(config, policy)
     chat = ChatFormat(tokenizer, policy.generation_config)
     base = sharing_copy(policy).requires_grad_(False) if config.lora_rank else None
@@ -64,7 +64,9 @@ def prepare(
         reference = base if base is not None else copy.deepcopy(policy).requires_grad_(False)
     else:
         assert config.sft is not None
-        reference = load_policy(config.sft, frozen_dtype(config.dtype))[0].requires_grad_(False)
+        reference = load_policy(config.sft, frozen_dtype(config.dtype), attention=config.attention)[0].requires_grad_(
+            False
+        )
         check_same_vocabulary(policy, reference, str(config.policy), str(config.sft))
     generator = torch.Generator().manual_seed(config.seed)
     score = reward_score(config, chat, micro)

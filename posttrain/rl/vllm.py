@@ -29,10 +29,10 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
@@ -46,6 +46,7 @@ from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.quantisation.convert import quantised_layers
 from gemma2.posttrain.schemas import RlFields, VllmFields
 
 __all__ = ["VllmSampler"]
@@ -185,9 +186,11 @@ class PlainWeights(VLLMGeneration):  # type: ignore[misc]  # the library is not 
     """TRL's generation, given the weights of a plain model whether or not the policy has adapters."""
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        packed = {f"{name}.weight": layer for name, layer in quantised_layers(cast(nn.Module, self.model))}
         for name, parameter in self.model.named_parameters():
             if ".lora_" not in name and not name.endswith(".base_layer.weight"):
-                yield name.replace(".base_layer.", "."), parameter.data
+                value = packed[name].dequantised() if name in packed else parameter.data
+                yield name.replace(".base_layer.", "."), value
         yield from adapted_weights(self.model)
 
 

@@ -38,6 +38,7 @@ from gemma2.posttrain.schemas import (
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config, parse_value
+from gemma2.posttrain.schemas.delivery.transfer import PullConfig, PushConfig
 from gemma2.posttrain.schemas.fields import REPEATED
 from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
@@ -203,6 +204,21 @@ COMMANDS: dict[str, Command] = {
         "compares the answers of two models side by side",
         makes="results",
     ),
+    "push": Command(
+        PushConfig,
+        "transfer.transfer_stages",
+        "run_push",
+        "copies outputs to another disk or an object store",
+        makes="receipt",
+        accelerated=False,
+    ),
+    "pull": Command(
+        PullConfig,
+        "transfer.transfer_stages",
+        "run_pull",
+        "fetches an output from another disk or an object store",
+        accelerated=False,
+    ),
     "pick": Command(
         PickConfig, "evaluation.pick", "run_pick", "writes the chosen point of a front as a model", accelerated=False
     ),
@@ -220,6 +236,10 @@ def output_hash(manifest: JsonMapping) -> str:
 def spell(command: str, config: Config, out: Path) -> str:
     """Return the command line of a configuration, with every setting that differs from its default."""
     words = ["gemma2", *command.split()]
+    if isinstance(config, PushConfig):
+        return shlex.join([*words, config.uri, *map(str, config.outputs)])
+    if isinstance(config, PullConfig):
+        return shlex.join([*words, config.uri, str(out)])
     if isinstance(config, MergeConfig):  # the method is part of the command, the models are arguments
         words += [str(model) for model in config.models]
     elif isinstance(config, ExtractLoraConfig | ReplaceTokenizerConfig):

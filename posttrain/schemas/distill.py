@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .fields import Data, Dtype, LoraFields, Model, RowFields, Seed, StrategyFields, TrainingFields
+from .fields import AttentionFields, Data, Dtype, LoraFields, Model, RowFields, Seed, StrategyFields, TrainingFields
 
 
-class FixedDataFields(RowFields):
-    """Settings for tokenising existing rows and for loading the teacher."""
+class FixedDataFields(RowFields, AttentionFields):
+    """Settings for tokenising existing rows and for loading models."""
 
     max_length: int = Field(1024, ge=8, description="longest row of --data, tokens")
     on_overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what to do with longer rows")

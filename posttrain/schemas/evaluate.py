@@ -66,7 +66,7 @@ class PickConfig(Config):
 REWARD = sorted(RewardFields.model_fields.keys() - CallFields.model_fields.keys())
 # What a measurement depends on besides files; `reward` names files.
 MEASURED_WITH = ("temperature", "max_new_tokens", "n", "limit", "seed", "judge_fn", *REWARD)
-BEFORE = {"dtype": "auto"}  # of fronts from before a setting existed
+BEFORE = {"dtype": "auto", "attention": "auto"}  # of fronts from before a setting existed
 
 
 def measured_settings(config: ParetoConfig) -> JsonObject:

@@ -18,6 +18,7 @@ Data = Annotated[
     Path, Field(description="rows: JSONL, JSON, CSV, parquet or text file, directory, output, or hub data set")
 ]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
 Seed = Annotated[int, Field(ge=0, description="seed of every random choice")]
 
 
@@ -84,8 +85,23 @@ class SamplingFields(Config):
     batch_size: int = Field(32, ge=1, description="sequences generated or scored at once")
 
 
-class PrecisionFields(Config):
-    """The precision of models that are not trained."""
+class AttentionFields(Config):
+    """The attention kernel of the models of a command."""
+
+    attention: Attention = Field(
+        "auto",
+        description="attention kernel; auto: eager on a CPU, flex_attention on an accelerator if it agrees with eager",
+    )
+
+
+def refuse_kernel_of_sampler(attention: str, where: str) -> None:
+    """Raise ValueError for a kernel that would not run where models only draw: their masks suit eager and sdpa."""
+    if attention not in ("auto", "eager", "sdpa"):
+        raise ValueError(f"--attention {attention} has no effect {where}; leave it out, or give eager or sdpa")
+
+
+class PrecisionFields(AttentionFields):
+    """The precision of models that are not trained, and the attention kernel."""
 
     dtype: Dtype = Field(
         "auto",
@@ -196,12 +212,22 @@ class LoraFields(Config):
         adapted = (isinstance(rank, int | float) and rank > 0) or (isinstance(rank, str) and rank.strip("0 ") != "")
         return values | {"learning_rate": LORA_RATE * field.default} if adapted else values
 
+    @field_validator("base_bits", mode="before")
+    @classmethod
+    def _bits_may_be_text(cls, value: object) -> object:
+        return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
     @model_validator(mode="after")
     def _only_a_frozen_base_is_quantised(self) -> Self:
         if self.base_bits is not None and self.lora_rank == 0:
             raise ValueError(
                 f"base_bits={self.base_bits} is for the frozen base of an adapter; give --lora-rank as well, "
                 "or drop --base-bits"
+            )
+        if self.base_bits is not None and getattr(self, "strategy", "auto") == "fsdp":
+            raise ValueError(
+                "strategy=fsdp divides weights over processes, base_bits keeps few bits of them on each; "
+                "give strategy=ddp, or drop base_bits"
             )
         return self
 

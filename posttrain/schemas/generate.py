@@ -10,7 +10,16 @@ from pydantic import Field, model_validator
 
 from gemma2.core.json_files import JsonObject
 
-from .fields import REPEATED, Data, LaunchFields, RowFields, SamplingFields, Seed, check_address
+from .fields import (
+    REPEATED,
+    Data,
+    LaunchFields,
+    RowFields,
+    SamplingFields,
+    Seed,
+    check_address,
+    refuse_kernel_of_sampler,
+)
 from .rlhf import RewardFields
 
 USER_INSTRUCTION = (
@@ -81,6 +90,12 @@ class GenerateConfig(SamplingFields, RewardFields, LaunchFields, RowFields):
             raise ValueError("give both --price-in and --price-out")
         if self.engine == "openai" and self.dtype != "auto" and not self.reward:
             raise ValueError(f"--dtype {self.dtype} has no effect with --engine openai: the server decides")
+        if not self.reward:
+            refuse_kernel_of_sampler(self.attention, "without --reward: the sampler's masks suit eager and sdpa")
+            if self.engine != "transformers" and self.attention != "auto":
+                raise ValueError(
+                    f"--attention {self.attention} has no effect with --engine {self.engine}; leave it out"
+                )
         if self.base_url is not None:
             check_address(self.base_url)
         check_key_variable(self.api_key_env)

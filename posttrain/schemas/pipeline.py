@@ -14,6 +14,7 @@ STAGE_NAME = r"^[A-Za-z0-9][\w.=-]*(/[A-Za-z0-9][\w.=-]*)*$"
 # Sections of the file, prefixes of references, and the files that a pipeline's folder holds besides the stages.
 RESERVED = frozenset({"vars", "resources", "stages", "matrix", "logs"})
 RESERVED |= {"pipeline.json", "pipeline.yaml", "gemma2.json", "summary.json", "report.html"}
+LAUNCHED = ("gpus", "nodes")  # options of a command that the resources of its stage give
 LONGEST_NAME = 200  # bytes between two slashes: file systems take 255, temporary names are longer than the name
 
 
@@ -22,8 +23,17 @@ class Resources(Config):
 
     cpus: int | None = Field(None, ge=1, description="threads; default: cores / stages that run at the same time")
     gpus: int | None = Field(
-        None, ge=0, description="GPUs; default: one for a stage that runs a network, if the machine has any"
+        None,
+        ge=0,
+        le=1024,
+        description="GPUs of each machine, a process on each; default: one where a network runs, if there is any",
     )
+    nodes: int | None = Field(None, ge=1, le=1024, description="machines; default: one")
+
+    @property
+    def is_gang(self) -> bool:
+        """Whether several processes run the stage together."""
+        return (self.gpus or 1) > 1 or (self.nodes or 1) > 1
 
 
 class StageFile(Config):
@@ -39,7 +49,7 @@ class StageFile(Config):
     after: tuple[str, ...] = Field((), description="stages that must be done first, besides those named in options")
     when: str | None = Field(None, description="run only if this condition holds: ${STAGE.summary.KEY} < 1")
     retries: int = Field(0, ge=0, le=100, description="further attempts if the process dies without a clear error")
-    resources: Resources = Field(Resources(), description="reserved resources: cpus, gpus")
+    resources: Resources = Field(Resources(), description="reserved resources: cpus, gpus, nodes")
 
     @field_validator("matrix", mode="before")
     @classmethod

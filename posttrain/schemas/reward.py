@@ -11,6 +11,7 @@ from gemma2.core.json_files import JsonObject
 
 from .config import Config
 from .fields import (
+    AttentionFields,
     CallFields,
     Data,
     LaunchFields,
@@ -23,6 +24,7 @@ from .fields import (
     StrategyFields,
     TrainingFields,
     check_address,
+    refuse_kernel_of_sampler,
 )
 from .generate import check_key_variable
 
@@ -35,7 +37,7 @@ Heldout = Field(0.1, ge=0, lt=1, description="share of prompts whose pairs are h
 CONVERSATION = frozenset({"prompt", "completion", "messages", "chosen", "rejected", "finish_reason", "truncated"})
 
 
-class RewardConfig(TrainingFields, LoraFields, StrategyFields, RowFields):
+class RewardConfig(TrainingFields, LoraFields, StrategyFields, RowFields, AttentionFields):
     """A Bradley-Terry reward model from preference pairs."""
 
     model: Model
@@ -72,7 +74,7 @@ class RewardConfig(TrainingFields, LoraFields, StrategyFields, RowFields):
         return self
 
 
-class ProbeConfig(RowFields):
+class ProbeConfig(RowFields, AttentionFields):
     """A reward model with a frozen backbone: the best head on its last hidden states (WARM's initial head)."""
 
     model: Model
@@ -181,3 +183,9 @@ class PairsConfig(SamplingFields, CallFields, PrecisionFields, JudgeFields, RowF
     min_margin: float = Field(0.0, ge=0, description="the scores of a pair must differ by more than this")
     limit: int | None = Field(None, ge=1, description="use only the first prompts of the file")
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _the_kernel_runs(self) -> Self:
+        if ":" in self.judge:
+            refuse_kernel_of_sampler(self.attention, "without a reward model as judge: the sampler takes eager or sdpa")
+        return self

@@ -7,12 +7,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .fields import LoraOutputFields, Model, RowFields, StrategyFields, TrainingFields
-
-Attention = Literal["eager", "flex_attention", "flash_attention_2", "flash_attention_3"]
+from .fields import AttentionFields, LoraOutputFields, Model, RowFields, StrategyFields, TrainingFields
 
 
-class SftConfig(TrainingFields, LoraOutputFields, StrategyFields, RowFields):
+class SftConfig(TrainingFields, LoraOutputFields, StrategyFields, RowFields, AttentionFields):
     """Supervised fine-tuning on prompts and completions, or on conversations."""
 
     model: Model
@@ -45,9 +43,9 @@ class SftConfig(TrainingFields, LoraOutputFields, StrategyFields, RowFields):
         "last", description="weights to write: the last ones, or those with the lowest held-out loss"
     )
     patience: int | None = Field(None, ge=1, description="stop after this many held-out losses without a new minimum")
-    attention: Attention = Field("eager", description="attention implementation; all except eager need a GPU")
     packing: bool = Field(
-        False, description="join rows up to --max-length; the batch size counts joined rows; flash attention only"
+        False,
+        description="join rows up to --max-length; the batch size counts joined rows; needs flex or flash attention",
     )
 
     @field_validator("data", mode="before")
@@ -75,9 +73,9 @@ class SftConfig(TrainingFields, LoraOutputFields, StrategyFields, RowFields):
             raise ValueError("keep=best and patience compare held-out losses; give eval_every as well")
         if self.packing and self.weights and self.epochs > 1:
             raise ValueError("packing would repeat the rows of the first epoch; drop weights, or set epochs=1")
-        if self.packing and not self.attention.startswith("flash"):
+        if self.packing and self.attention in ("eager", "sdpa"):
             raise ValueError(
-                f"packing needs flash attention, {self.attention} would be slow, or would mix rows; "
-                "drop packing (rows of similar length share a batch anyway), or give attention=flash_attention_2"
+                f"packing needs flex or flash attention, {self.attention} would hold all scores of the joined rows; "
+                "drop packing (rows of similar length share a batch anyway), or leave attention at auto"
             )
         return self

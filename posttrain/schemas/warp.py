@@ -7,16 +7,16 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .fields import Bounds, Data, LaunchFields, Model, Pick, TrainingFields
+from .fields import REPEATED, Bounds, Data, Model, Pick, StrategyFields, TrainingFields
 from .rlhf import RlFields
 
 VARIED = ("learning_rate", "length_penalty", "missing_eos_penalty", "reward", "beta", "mu", "temperature")
 
 
-class WarpConfig(TrainingFields, RlFields, LaunchFields):
+class WarpConfig(TrainingFields, RlFields, StrategyFields):
     """WARP (2406.16768, Algorithm 1): M policies, SLERP, LITI, repeated I times, then the front."""
 
-    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"jobs", "executor"})
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"jobs", "executor", "slurm", "gpus_per_policy"})
 
     sft: Model
     prompts: Data
@@ -47,9 +47,24 @@ class WarpConfig(TrainingFields, RlFields, LaunchFields):
     pick: Pick = "best-reward"
     cpus: int | None = Field(None, ge=1, description="threads per stage; default: number of cores / --jobs")
     jobs: int = Field(1, ge=1, le=1024, description="stages that run at the same time")
-    executor: Literal["local", "ray"] = Field(
-        "local", description="where stages run: on this machine, or on a Ray cluster"
+    executor: Literal["local", "ray", "slurm"] = Field(
+        "local", description="where stages run: on this machine, on a Ray cluster, or as SLURM jobs"
     )
+    slurm: tuple[str, ...] = Field(
+        (),
+        description="option of sbatch for every stage, as KEY=VALUE: partition=gpu; repeatable",
+        json_schema_extra=REPEATED,
+    )
+    gpus: int | None = Field(
+        None, ge=1, le=1024, description="GPUs of this machine that all stages share; default: all that are visible"
+    )
+    gpus_per_policy: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="GPUs of an RL run on each of its machines; default: on this machine the fewest that it fits",
+    )
+    nodes: int = Field(1, ge=1, le=1024, description="machines of an RL run, with --executor ray or slurm")
 
     @field_validator("steps", mode="before")
     @classmethod
@@ -68,6 +83,10 @@ class WarpConfig(TrainingFields, RlFields, LaunchFields):
         self.check_warmup(min(self.steps))
         if len(self.steps) > self.iterations:
             raise ValueError(f"--steps has {len(self.steps)} numbers for {self.iterations} iterations; drop some")
+        if self.slurm and self.executor != "slurm":
+            raise ValueError("--slurm is for --executor slurm; give that too, or drop it")
+        if self.gpus is not None and self.executor != "local":
+            raise ValueError(f"--gpus is for --executor local; drop it, --executor {self.executor} knows its cluster")
         if any(not 0 <= eta <= 1 for eta in self.etas) or not self.etas:
             raise ValueError("--etas are shares of the merge; give numbers from 0 to 1")
         for item in self.vary:

@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
-from gemma2.posttrain.adapters.base import check_base, load_trained
-from gemma2.posttrain.adapters.difference import policy_difference
+from gemma2.posttrain.adapters.frozen_base import check_base, load_trained
 from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, Overlong, example_of, report_overlong, tokenise
 from gemma2.posttrain.data.mixture import Mixture
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, located, split
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.models.loading import check_attention, load_tokenizer, quiet_libraries, save_model
+from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import merged, plain_model, save_adapter
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
@@ -63,10 +64,12 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
     """
     quiet_libraries()
     accumulation = accumulation_steps(config.batch_size, config.micro_batch_size)
-    check_attention(config.attention)
     check_tracking(config.report_to)
     check_base(config)
     with open_run("sft", config, options) as run:
+        run.origin["attention"] = settle_attention(
+            config.attention, [config.model], progress, device=default_device(), learns=True, packed=config.packing
+        )
         model, tokenizer = load_trained(config.model, config, progress, config.attention)
         chat = ChatFormat(tokenizer, model.generation_config)
         reading = Reading(config)
@@ -90,7 +93,7 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
         evaluation.keep_best(trainer.model)
         figures = {"steps": trainer.state.global_step} | callback.summary(trainer.model)
         write_model(trainer.model, tokenizer, chat, config, run)
-        if config.lora_output == "merged" and is_rounded(trainer.model):
+        if config.lora_output == "merged" and config.base_bits:
             some = [example.ids for example in rows.heldout or rows.examples]
             figures |= policy_difference(trainer.model, run.path, some, progress, trainer.args.bf16)
         return run.finish(figures | counts(rows, mixture, config) | unread | evaluation.summary(progress))

@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -34,7 +33,7 @@ from gemma2.posttrain.models.cross_entropy import summed_cross_entropy
 from gemma2.posttrain.models.head import plain_head
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import CausalLM, Network
-from gemma2.posttrain.models.sampler import evaluating, length_batches
+from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.models.scorer import head_logps, hidden_states
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig, SftConfig
@@ -204,16 +203,5 @@ def _logps(model: CausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
 
 def _batches(model: CausalLM, rows: Sequence[list[int]], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (indices, last hidden states (B, T, d) fp32) in batches of similar length."""
-    if model.config._attn_implementation == "eager":
-        yield from hidden_states(model, rows, [[]] * len(rows), batch_size)
-        return
-    half = model.config._attn_implementation.startswith("flash")  # flash attention does not accept fp32
-    precision = torch.autocast(model.device.type, torch.bfloat16) if half else nullcontext()
-    for batch in length_batches([len(row) for row in rows], batch_size):
-        width = len(rows[batch[0]])
-        padded = [rows[i] + [0] * (width - len(rows[i])) for i in batch]
-        present = [[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in batch]
-        ids, mask = torch.tensor(padded, device=model.device), torch.tensor(present, device=model.device)
-        with precision:
-            output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        yield batch, output.last_hidden_state.float()
+    for batch, states in hidden_states(model, rows, [[]] * len(rows), batch_size):
+        yield batch, states.float()

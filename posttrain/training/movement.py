@@ -16,7 +16,7 @@ from torch import Tensor
 from gemma2.core.rounding import relative_change
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
-from gemma2.posttrain.quantisation.layers import dequantised
+from gemma2.posttrain.quantisation.quantised_linear import dequantised
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

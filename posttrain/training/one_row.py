@@ -46,15 +46,28 @@ def check_targets(chat: ChatFormat, examples: Sequence[Example]) -> None:
 
 
 def check_bos(chat: ChatFormat, ids: Sequence[int]) -> None:
-    """Raise GuardStop unless a row has exactly one `<bos>`, in front, where its tokenizer and template have one."""
+    """Raise GuardStop unless a row has exactly one `<bos>`, in front, where its tokenizer and template have one.
+
+    Where the same token opens every turn (SmolLM's `<|im_start|>`), one in front, and not two in a row.
+    """
     bos, template = chat.tokenizer.bos_token_id, str(chat.tokenizer.chat_template)
     token = str(chat.tokenizer.bos_token)
-    count = list(ids).count(bos) if bos is not None and bos != chat.eos_id else 0
-    writes = bos is not None and bos != chat.eos_id and ("bos_token" in template or token in template)
-    if count > 1 or (writes and (count != 1 or ids[0] != bos)):
+    if bos is None or bos == chat.eos_id:
+        return
+    count = list(ids).count(bos)
+    writes = "bos_token" in template or token in template
+    doubled = count > 1 and (list(ids[:2]) == [bos, bos] or not _opens_turns(chat, bos))
+    if doubled or (writes and (not count or ids[0] != bos)):
         raise GuardStop(
             f"a row has {count} {token} and begins with {chat.token_text(ids[0])!r}, not one {token}", FORMAT
         )
+
+
+def _opens_turns(chat: ChatFormat, bos: int) -> bool:
+    """Whether the number of `<bos>` grows with the turns: each is opened by it."""
+    turn = {"role": "user", "content": "a"}
+    few, many = ([turn], [turn, {"role": "assistant", "content": "a"}, turn])
+    return chat.prompt_ids(many).count(bos) > chat.prompt_ids(few).count(bos)
 
 
 def _header(chat: ChatFormat) -> list[int]:

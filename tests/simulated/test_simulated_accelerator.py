@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": f"generate --teacher policy --prompts prompts.jsonl --keep-truncated --out data {DRAWN}",
     "sft": f"sft --model policy --data rows.jsonl --out sft {TRAINED}",
     "sft, LoRA": f"sft --model policy --data rows.jsonl --out sft-lora --lora-rank 2 {TRAINED}",
+    "sft, 8 bits": f"sft --model policy --data rows.jsonl --out sft-8 --lora-rank 2 --base-bits 8 {TRAINED}",
     "distill": f"distill --model policy --teacher b --prompts prompts.jsonl --steps 2 --batch-size 2 --warmup-steps 0 "
     f"{DRAWN} --out distilled",
     "distill cache": "distill cache --teacher b --data rows.jsonl --out cache",
@@ -31,6 +32,7 @@ COMMANDS = {
     "--warmup-steps 0 --out distilled-cache",
     "reward pairs": f"reward pairs --model policy --prompts prompts.jsonl --judge judge:judge --n 3 {DRAWN} --out p",
     "reward": f"reward --model policy --data pairs.jsonl --out reward {TRAINED}",
+    "reward, 8 bits": f"reward --model policy --data pairs.jsonl --out reward-8 --lora-rank 2 --base-bits 8 {TRAINED}",
     "reward probe": "reward probe --model policy --data pairs.jsonl --out probe",
     "reward score": "reward score rm --data pairs.jsonl --out scored",
     "reward eval": "reward eval rm --data pairs.jsonl",
@@ -39,6 +41,9 @@ COMMANDS = {
     "rlhf, fixed anchor": f"rlhf --policy policy {ROLLED} --anchor sft --out rl-fixed",
     "rlhf, LoRA": f"rlhf --policy policy {ROLLED} --lora-rank 2 --out rl-lora",
     "rlhf, factors": f"rlhf --policy policy {ROLLED} --lora-rank 2 --lora-anchor factors --out rl-factors",
+    "rlhf, 8 bits": f"rlhf --policy policy {ROLLED} --lora-rank 2 --base-bits 8 --max-new-tokens 48 --out rl-8",
+    "rlhf, 8 bits, dense": f"rlhf --policy policy {ROLLED} --lora-rank 2 --base-bits 8 --lora-anchor dense "
+    "--max-new-tokens 48 --out rl-8d",
     "eval": f"eval --model b --sft policy --prompts prompts.jsonl --reward rm {DRAWN}",
     "eval, fp32": f"eval --model b --sft policy --prompts prompts.jsonl --reward rm --dtype float32 {DRAWN}",
     "pareto": f"pareto --sft policy --policies b --merged b --etas 0.5 --prompts prompts.jsonl --reward rm {DRAWN} "

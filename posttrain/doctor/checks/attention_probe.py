@@ -1,4 +1,4 @@
-"""Every attention back end that is installed, against eager: with queries so large that the soft cap bites.
+"""Every attention kernel that can run here, against eager: with queries so large that the soft cap bites.
 
 On small models logits stay far below the cap, and a back end that has dropped it differs from eager by rounding only.
 The probe is a random network with the model's caps, query scale and heads, two layers (local, global), a window shorter
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from gemma2.posttrain.attention.kernel_check import check_kernel
+from gemma2.posttrain.attention.kernels import installed_kernels
+from gemma2.posttrain.attention.probe_network import scale_queries
 from gemma2.posttrain.models.causal_attention import blockwise
 from gemma2.posttrain.models.loading import default_device
 
@@ -27,6 +27,7 @@ __all__ = ["ROWS", "WINDOW", "Deviation", "probe", "probe_attention", "probe_net
 
 ROWS, WINDOW, LENGTH, WIDE = 128, 16, 48, 64  # vocabulary, window, tokens, hidden size of the probe
 OVER = 3.0  # how far the largest logit exceeds the cap
+BROKEN = "check the versions of torch and transformers, or report it"
 TOLERANCE = 2e-3  # of the logits, which the final cap bounds by 30; a dropped cap or window differs by more than 0.05
 GREEDY = 12  # tokens
 Backend = Callable[[Gemma2ForCausalLM, Tensor], Tensor]
@@ -74,34 +75,8 @@ def probe_network(cap: float | None, final_cap: float | None, scale: int, head: 
         with torch.no_grad():
             for _, parameter in sorted(network.named_parameters()):
                 parameter.normal_(0.0, 0.3)
-    _scale_queries(network, OVER * (cap or 50.0))
+    scale_queries(network, OVER * (cap or 50.0), probe_tokens())
     return network
-
-
-@torch.no_grad()
-def _scale_queries(network: Gemma2ForCausalLM, wanted: float) -> None:
-    """Scale q_proj of each layer so that its largest attention logit, before the cap, is `wanted`."""
-    for layer in network.model.layers:
-        largest: list[float] = []
-        hook = layer.self_attn.register_forward_hook(partial(_keep_largest, largest), with_kwargs=True)
-        network(probe_tokens())
-        hook.remove()
-        layer.self_attn.q_proj.weight.mul_(wanted / largest[0])
-
-
-def _keep_largest(
-    into: list[float],
-    module: Any,  # noqa: ANN401  # an attention of transformers
-    arguments: tuple[Tensor, ...],
-    options: dict[str, Tensor],
-    out: object,
-) -> None:
-    """Note the largest attention logit of a layer, without its rotary embedding, which keeps norms."""
-    states = arguments[0] if arguments else options["hidden_states"]
-    shape = (*states.shape[:-1], -1, module.head_dim)
-    query = module.q_proj(states).view(shape).transpose(1, 2)
-    key = module.k_proj(states).view(shape).transpose(1, 2).repeat_interleave(module.num_key_value_groups, 1)
-    into.append(float((query @ key.transpose(2, 3) * module.scaling).abs().max()))
 
 
 def probe_tokens() -> Tensor:
@@ -109,24 +84,9 @@ def probe_tokens() -> Tensor:
     return torch.arange(LENGTH)[None] * 37 % ROWS
 
 
-def backends(device: torch.device) -> dict[str, Backend]:
-    """The back ends that can run here, by the name that --attention has, and this suite's two own."""
-    found: dict[str, Backend] = {"blockwise (training on a CPU)": _blockwise, "sampler (decoding)": _sampler}
-    if device.type != "cpu":
-        found["flex_attention"] = partial(_named, "flex_attention")
-        if is_flash_attn_2_available():
-            found["flash_attention_2"] = partial(_named, "flash_attention_2")
-        if is_flash_attn_3_available():
-            found["flash_attention_3"] = partial(_named, "flash_attention_3")
-    return found
-
-
-def _named(name: str, network: Gemma2ForCausalLM, tokens: Tensor) -> Tensor:
-    """A back end of transformers. Flash attention takes half precision only."""
-    network.set_attn_implementation(name)
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled="flash" in name):
-        logits: Tensor = network(tokens).logits.float()
-    return logits
+def backends() -> dict[str, Backend]:
+    """This suite's own two."""
+    return {"blockwise (training on a CPU)": _blockwise, "sampler (decoding)": _sampler}
 
 
 def _blockwise(network: Gemma2ForCausalLM, tokens: Tensor) -> Tensor:
@@ -164,7 +124,7 @@ def probe(
     cap, final = settings.get("attn_logit_softcapping"), settings.get("final_logit_softcapping")
     scale = settings.get("query_pre_attn_scalar") or 256
     results = []
-    for name, run in (backends(device) if found is None else found).items():
+    for name, run in (backends() if found is None else found).items():
         network = probe_network(cap, final, max(round(scale), 1), subject.number("head_dim") or 256).to(device)
         tokens = probe_tokens().to(device)
         wanted = network(tokens).logits.float()
@@ -175,14 +135,17 @@ def probe(
 
 
 def probe_attention(subject: Subject) -> Iterator[Diagnosis]:
-    """The answers of the check `attention`."""
+    """The answers of the check `attention`: our own two, then every kernel that can run here, as a training uses it."""
     for one in probe(subject):
         figures = f"{one.name}: logits within {one.largest:.1g} of eager, {one.agreement:.0%} of tokens equal"
-        if one.right:
-            yield fine(figures)
-        elif "flash" in one.name and one.largest <= 0.5:
-            yield warning(f"{figures} (bf16)", "use --attention eager to compare exactly")
-        else:
-            yield problem(
-                f"{figures}: it drops the soft cap or the window", f"do not use {one.name}: --attention eager"
-            )
+        yield fine(figures) if one.right else problem(f"{figures}: it drops the soft cap or the window", BROKEN)
+    device = default_device()
+    for kernel in installed_kernels(device):
+        try:
+            check = check_kernel(subject.settings, kernel, "autocast", device, learns=True, packed=True)
+        except Exception as error:  # a kernel raises whatever its compiler raises
+            detail = " ".join(str(error).split())[:200]
+            yield warning(f"{kernel} cannot run here: {detail}", "use --attention eager")
+            continue
+        line = f"{kernel}: {check.figures()}"
+        yield fine(line) if check.right else problem(line, f"do not use {kernel}: --attention eager")

@@ -27,7 +27,7 @@ from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures.built_in import ChoicesConfig
 
 from .keeping import Kept, MeasureOutcome, as_document, keeping, task_names
-from .loaded import context_of, loaded, models_of
+from .loaded import context_of, loaded, models_of, settle_kernel
 from .prompting import QuestionForm, asking_of, cut_left, drawn_shots, ids_hash
 from .question_rows import choices_of, each_choice_row, right_choice
 from .row_means import row_figures
@@ -57,8 +57,9 @@ def run_choices(config: ChoicesConfig, options: RunOptions, progress: Progress =
             raise InputError(f"{config.choices} has no rows", reading.first_error() or "write one JSON object per line")
         name = task_names([config.choices])[0]
         outcomes = []
+        settle_kernel(config, kept.run, progress)
         for number, path in enumerate(models_of(config)):
-            model, tokenizer = loaded(path, config.dtype)
+            model, tokenizer = loaded(path, config.dtype, config.attention)
             asking, _ = asking_of(tokenizer, model.generation_config, uses_chat(path, config.chat), config.system)
             asked = [_asked(rows, i, asking, config, context_of(model)) for i in range(len(rows))]
             _score(kept, number, model, asked, config.batch_size, progress)

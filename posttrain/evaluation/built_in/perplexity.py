@@ -19,7 +19,7 @@ from gemma2.posttrain.schemas.measures.built_in import PerplexityConfig
 
 from .documents import documents_of
 from .keeping import Kept, MeasureOutcome, as_document, keeping, task_names
-from .loaded import context_of, loaded, models_of
+from .loaded import context_of, loaded, models_of, settle_kernel
 from .prompting import bos_of, ids_hash, text_ids
 from .windows import Span, Totals, perplexity_figures, windows_of
 
@@ -64,8 +64,9 @@ def run_perplexity(config: PerplexityConfig, options: RunOptions, progress: Prog
         reading = Reading(config)
         names = task_names(config.perplexity)
         outcomes = []
+        settle_kernel(config, kept.run, progress)
         for number, path in enumerate(models_of(config)):
-            model, tokenizer = loaded(path, config.dtype)
+            model, tokenizer = loaded(path, config.dtype, config.attention)
             size = window_size(config, model)
             measure = _Measure(config, kept, reading, number, size)
             found = {

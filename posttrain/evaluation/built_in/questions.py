@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.attention.choice import drawing_kernel
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located
 from gemma2.posttrain.evaluation.suite.chat_choice import uses_chat
@@ -39,7 +40,7 @@ def run_qa(config: QaConfig, options: RunOptions, progress: Progress = SILENT) -
         name = task_names([config.qa])[0]
         outcomes = []
         for number, path in enumerate(models_of(config)):
-            model, tokenizer = loaded(path, config.dtype)
+            model, tokenizer = loaded(path, config.dtype, drawing_kernel(config.attention))
             asking, chat = asking_of(tokenizer, model.generation_config, uses_chat(path, config.chat), config.system)
             params = SamplingParams(config.max_new_tokens, temperature=0.0)
             stops = () if asking.chat is not None else STOPS

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.evaluation.suite.suite_plan import refuse_broken
@@ -24,7 +25,8 @@ from gemma2.posttrain.generation.answers import Answering
 from gemma2.posttrain.generation.dialogues import Dialogue, DialoguePlan
 from gemma2.posttrain.generation.engines.local import SamplerEngine
 from gemma2.posttrain.generation.scoring import scored
-from gemma2.posttrain.models.loading import quiet_libraries
+from gemma2.posttrain.models.loading import default_device, quiet_libraries
+from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.preferences.judge import PLACES, judge_engine, judged, read_template
 from gemma2.posttrain.rewards.functions import Score
@@ -107,7 +109,9 @@ def _answered(config: WinRateConfig, kept: Kept, source: PromptSource, progress:
     plan = DialoguePlan(1, config.seed, empty_counts=True)
     sides, prompts = Sides([], [], config.seed), 0
     for number, path in enumerate((config.model, config.win_rate)):
-        with closing(SamplerEngine.load(path, params, config.batch_size, config.dtype)) as engine:
+        with closing(
+            SamplerEngine.load(path, params, config.batch_size, config.dtype, attention=config.attention)
+        ) as engine:
             job = Answering(source, plan, kept.journal(f"answers-{number}.jsonl"), engine.chunk, keep_ids=True)
             prompts = job.check(engine, progress)
             job.run(engine, prompts, progress)
@@ -119,7 +123,13 @@ def _answered(config: WinRateConfig, kept: Kept, source: PromptSource, progress:
 def _by_reward(config: WinRateConfig, kept: Kept, sides: Sides, progress: Progress) -> list[JsonObject]:
     """The rows with the rewards of both answers; a reward model that judges gives its expected verdict too."""
     judges = config.judge is not None
-    terms = RewardFields(reward=(Path(str(config.judge)),), dtype=config.dtype) if judges else config
+    judge = Path(str(config.judge))
+    terms = RewardFields(reward=(judge,), dtype=config.dtype, attention=config.attention) if judges else config
+    settled = settle_attention(
+        config.attention, terms.reward, progress, dtype=frozen_dtype(config.dtype), device=default_device()
+    )
+    if kept.run is not None:
+        kept.run.origin["attention"] = settled
     rewards: list[list[float | None]] = []
     score: Score | None = None
     for number, (job, chat) in enumerate(zip(sides.jobs, sides.chats, strict=True)):

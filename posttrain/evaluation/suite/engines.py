@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from gemma2.core.json_files import JsonObject
+from gemma2.posttrain.attention.choice import drawing_kernel
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.doctor.vllm_probe import refuse_wrong_attention
 from gemma2.posttrain.models.loading import load_policy, load_tokenizer
@@ -68,7 +69,7 @@ class OwnEngine:
 
     def __init__(self, config: SuiteConfig, dtype: torch.dtype) -> None:
         self.config = config
-        self.model, self.tokenizer = load_policy(config.model, dtype=dtype)
+        self.model, self.tokenizer = load_policy(config.model, dtype=dtype, attention=drawing_kernel(config.attention))
         self.encoder = Encoder(self.tokenizer, int(getattr(self.model.config, "max_position_embeddings", 8192)))
         self.scorer = SharedScorer(self.model, config.batch_size)
         ends = self.model.generation_config.eos_token_id

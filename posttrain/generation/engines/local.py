@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from gemma2.core.json_files import JsonObject
+from gemma2.posttrain.attention.choice import drawing_kernel
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.loading import default_device, load_policy
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import ModelConfig
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating, length_batches
 from gemma2.posttrain.schemas import GenerateConfig
-from gemma2.posttrain.schemas.fields import Dtype
+from gemma2.posttrain.schemas.fields import Attention, Dtype
 
 from .base import LENGTH, STOP, Completion, Key, Message, Request
 from .stops import stops_at, text_completion
@@ -51,10 +52,16 @@ class SamplerEngine:
 
     @classmethod
     def load(
-        cls, path: Path, params: SamplingParams, batch_size: int, dtype: Dtype = "auto", stops: Sequence[str] = ()
+        cls,
+        path: Path,
+        params: SamplingParams,
+        batch_size: int,
+        dtype: Dtype = "auto",
+        stops: Sequence[str] = (),
+        attention: Attention = "auto",
     ) -> SamplerEngine:
-        """Load a model that only generates."""
-        model, tokenizer = load_policy(path, frozen_dtype(dtype))
+        """Load a model that only generates; of the attention kernels, eager and sdpa do."""
+        model, tokenizer = load_policy(path, frozen_dtype(dtype), attention=drawing_kernel(attention))
         return cls(model, ChatFormat(tokenizer, model.generation_config), params, batch_size, stops)
 
     @classmethod
@@ -63,7 +70,7 @@ class SamplerEngine:
         params = SamplingParams(
             config.max_new_tokens, config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p
         )
-        return cls.load(config.teacher, params, config.batch_size, config.dtype, config.stop)
+        return cls.load(config.teacher, params, config.batch_size, config.dtype, config.stop, config.attention)
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Token ids of a prompt."""

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.interrupts import allow
 from gemma2.posttrain.runs.commands import COMMANDS
+from gemma2.posttrain.schemas import Resources
 
 from .fork_server import launch
 from .jobs import Event, Job, Outcome
@@ -63,19 +64,19 @@ class RayExecutor:
         """Threads of a stage: what it asks for, else its share of this machine's cores that the largest node has."""
         return wanted or max(1, min((os.cpu_count() or 1) // self.jobs, self.largest))
 
-    def check(self, stage: str, wanted: int | None) -> None:
+    def check(self, stage: str, wanted: Resources) -> None:
         """Nothing is refused here: clusters grow. A stage that waits for what no node has says so."""
         return None
 
-    def has_room(self, command: str, wanted: int | None) -> bool:
+    def has_room(self, command: str, wanted: Resources) -> bool:
         """Whether one more stage may be handed to Ray."""
         return len(self.running) < self.jobs
 
-    def start(self, job: Job, wanted: int | None) -> None:
+    def start(self, job: Job, wanted: Resources) -> None:
         """Hand a job to Ray."""
         if self.driver is None:
             self.prepare([job.command])
-        gpus = wanted if wanted is not None else int(COMMANDS[job.command].accelerated and self.gpus > 0)
+        gpus = wanted.gpus if wanted.gpus is not None else int(COMMANDS[job.command].accelerated and self.gpus > 0)
         self.running.add(job.stage)
         if self.driver is not None:
             with suppress(OSError):  # it is gone: poll says so

@@ -12,15 +12,12 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gemma2.core.errors import Gemma2Error, refusal
 from gemma2.core.interrupts import Interrupted, Signals
-from gemma2.core.json_files import JsonMapping
 from gemma2.core.outputs.staging import take_notes
 from gemma2.core.permissions import allow_again
 from gemma2.core.streams import settle_streams
@@ -29,48 +26,12 @@ from gemma2.posttrain.runs.finished import publish_finished
 from gemma2.posttrain.runs.inputs import check_inputs, located
 from gemma2.posttrain.runs.run_directory import RunOptions
 
+from .gang import run_gang
+from .job_values import STOPPED, Event, Job, Outcome
+
 __all__ = ["Event", "Job", "Outcome", "execute"]
 
-Event = tuple[
-    Any, ...
-]  # ("task", id, label, total, unit) | ("advance", id, amount, fields) | ("end", id) | (kind, text)
 INTERVAL = 0.2  # seconds between two messages about one bar
-
-
-@dataclass(frozen=True)
-class Job:
-    """A stage as it is passed to another process: plain values only. Paths are relative to `folder`."""
-
-    stage: str
-    command: str
-    options: JsonMapping
-    out: str
-    log: str
-    resume: bool
-    force: bool
-    folder: str
-    modules: tuple[str, ...]  # sys.path of the caller: where reward functions are found
-    cpus: int
-    permissions: Mapping[str, str] = field(default_factory=dict)  # hosts and keys that the caller allowed
-    gpus: tuple[str, ...] | None = None  # of CUDA_VISIBLE_DEVICES; None leaves it as it is
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of a job.
-
-    code       0 done, 1 - 3 as for every command, 143 stopped, -N ended by signal N or lost
-    error      the one line of an expected failure
-    traceback  of a bug
-    """
-
-    code: int
-    summary: JsonMapping | None = None
-    error: str = ""
-    traceback: str = ""
-
-
-STOPPED = Outcome(143, error="stopped")
 
 
 class Reporter:
@@ -144,6 +105,8 @@ def _run(job: Job, send: Callable[[Event], None]) -> Outcome:
         check_inputs(config)
         Path(job.out).parent.mkdir(parents=True, exist_ok=True)
         options = RunOptions(Path(job.out), job.resume, job.force)
+        if job.is_gang:
+            return run_gang(job, send)
         result = publish_finished(config, options) or command.run(config, options, Reporter(send))
         for note in take_notes():
             Reporter(send).note(note)

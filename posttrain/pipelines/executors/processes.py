@@ -24,6 +24,7 @@ from typing import Any
 from gemma2.core.errors import UsageError
 from gemma2.core.interrupts import POKE, allow
 from gemma2.posttrain.runs.commands import COMMANDS
+from gemma2.posttrain.schemas import Resources
 
 from .fork_server import ForkServer
 from .jobs import Event, Job, Outcome, execute
@@ -130,22 +131,27 @@ class LocalExecutor:
         """Threads of a stage."""
         return wanted or max(1, (os.cpu_count() or 1) // self.jobs)
 
-    def check(self, stage: str, wanted: int | None) -> None:
-        """Refuse a stage that asks for more GPUs than there are."""
-        if (wanted or 0) > self.total:
+    def check(self, stage: str, wanted: Resources) -> None:
+        """Refuse a stage that asks for more GPUs than there are, or for several machines."""
+        if (wanted.nodes or 1) > 1:
             raise UsageError(
-                f"stages.{stage}.resources.gpus = {wanted}: this machine has {self.total}", "ask for fewer"
+                f"stages.{stage}.resources.nodes = {wanted.nodes}: --executor local has this machine alone",
+                "give --executor slurm or ray, or ask for 1",
+            )
+        if (wanted.gpus or 0) > self.total:
+            raise UsageError(
+                f"stages.{stage}.resources.gpus = {wanted.gpus}: this machine has {self.total}", "ask for fewer"
             )
 
-    def wanted_gpus(self, command: str, wanted: int | None) -> int:
+    def wanted_gpus(self, command: str, wanted: Resources) -> int:
         """GPUs of a stage: what it asks for, else one where it runs a network and there is one."""
-        return wanted if wanted is not None else int(COMMANDS[command].accelerated and self.total > 0)
+        return wanted.gpus if wanted.gpus is not None else int(COMMANDS[command].accelerated and self.total > 0)
 
-    def has_room(self, command: str, wanted: int | None) -> bool:
+    def has_room(self, command: str, wanted: Resources) -> bool:
         """Whether one more stage can start."""
         return len(self.running) < self.jobs and self.wanted_gpus(command, wanted) <= len(self.gpus)
 
-    def start(self, job: Job, wanted: int | None) -> None:
+    def start(self, job: Job, wanted: Resources) -> None:
         """Start a job. There must be room."""
         count = self.wanted_gpus(job.command, wanted)
         own, self.gpus = tuple(self.gpus[:count]), self.gpus[count:]

@@ -30,6 +30,7 @@ from gemma2.core.outputs.staging import locked
 
 from .jobs import Event, Job, Outcome
 from .processes import GRACE, LocalExecutor, work
+from .ray_gang import RayGang
 
 __all__ = ["drive", "run_stage"]
 
@@ -86,7 +87,7 @@ def _wait_for_lock(out: Path) -> None:
 
 @dataclass
 class _Placed:
-    """A task that was handed to Ray."""
+    """A task that was handed to Ray, or the tasks of a stage on several nodes."""
 
     generator: Any
     thread: threading.Thread
@@ -95,6 +96,12 @@ class _Placed:
     since: float
     begun: bool = False
     warned: bool = False
+    gang: RayGang | None = None
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes it takes."""
+        return self.gang.job.nodes if self.gang is not None else 1
 
 
 def drive(descriptor: int, address: str | None, commands: Sequence[str]) -> None:
@@ -184,6 +191,12 @@ class Driver:
         return True
 
     def _place(self, job: Job, gpus: int) -> None:
+        if job.nodes > 1:
+            gang = RayGang(self.ray, self.task, job, gpus, self.commands)
+            thread = threading.Thread(target=self._follow_gang, args=(gang,), daemon=True)
+            self.placed[job.stage] = _Placed(None, thread, job.cpus, gpus, time.monotonic(), gang=gang)
+            thread.start()
+            return
         task = self.task.options(num_cpus=job.cpus, num_gpus=gpus, name=job.stage)
         generator = task.remote(job, self.commands)
         thread = threading.Thread(
@@ -224,6 +237,26 @@ class Driver:
         with suppress(OSError):
             self._send("ended", stage, outcome)
 
+    def _follow_gang(self, gang: RayGang) -> None:
+        """Run a stage on several nodes to its end."""
+        from ray.exceptions import RayError
+
+        job = gang.job
+
+        def begun() -> None:
+            self.placed[job.stage].begun = True
+
+        try:
+            outcome = gang.run(begun, lambda event: self._send("event", job.stage, event))
+        except RayError as error:  # while it was placed
+            outcome = Outcome(-1, error=f"a node of it was lost ({type(error).__name__})")
+        if outcome is None:
+            return
+        if outcome.code < 0:
+            _wait_for_lock(Path(job.folder, job.out))
+        with suppress(OSError):
+            self._send("ended", job.stage, outcome)
+
     def _say_why_stages_wait(self) -> None:
         for stage, one in self.placed.items():
             waited = time.monotonic() - one.since
@@ -231,12 +264,14 @@ class Driver:
                 continue
             nodes = self._nodes()
             asked = f"{one.cpus} CPUs" + (f" and {one.gpus} GPUs" if one.gpus else "")
-            if not any(cpus >= one.cpus and gpus >= one.gpus for cpus, gpus in nodes):
+            if sum(cpus >= one.cpus and gpus >= one.gpus for cpus, gpus in nodes) < one.nodes:
                 have = ", ".join(f"{cpus} and {gpus}" for cpus, gpus in nodes) or "no node"
-                what = f"waits for {asked}, which no node of the Ray cluster has (CPUs and GPUs of its nodes: {have})"
+                few = "no node of the Ray cluster has" if one.nodes == 1 else f"fewer than {one.nodes} nodes have"
+                what = f"waits for {asked}, which {few} (CPUs and GPUs of its nodes: {have})"
                 text = f"stage {stage} {what}; add a node, or lower the stage's resources"
             elif waited >= BUSY:
-                text = f"stage {stage} waits until {asked} of a node are free"
+                where = "a node" if one.nodes == 1 else f"{one.nodes} nodes"
+                text = f"stage {stage} waits until {asked} of {where} are free"
             else:
                 continue
             one.warned = True
@@ -249,7 +284,10 @@ class Driver:
         for force in (False, True):
             for one in left:
                 with suppress(Exception):  # of a cluster that is gone
-                    self.ray.cancel(one.generator, force=force)
+                    if one.gang is not None:
+                        one.gang.stop(force)
+                    else:
+                        self.ray.cancel(one.generator, force=force)
             for one in left:
                 one.thread.join(max(0.0, until - time.monotonic()))
             left = [one for one in left if one.thread.is_alive()]

@@ -1,1 +1,1 @@
-"""Schemas of the commands that hand a model on: `gemma2 export` and `gemma2 serve`."""
+"""Schemas of the commands that hand a model on: `gemma2 export`, `serve`, `push`, `pull`."""

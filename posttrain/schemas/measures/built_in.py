@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from gemma2.posttrain.schemas.config import Config
-from gemma2.posttrain.schemas.fields import LaunchFields, Model, PrecisionFields, RowFields, SamplingFields, Seed
+from gemma2.posttrain.schemas.fields import (
+    LaunchFields,
+    Model,
+    PrecisionFields,
+    RowFields,
+    SamplingFields,
+    Seed,
+    refuse_kernel_of_sampler,
+)
 from gemma2.posttrain.schemas.reward import JudgeFields
 from gemma2.posttrain.schemas.rlhf import RewardFields
 
@@ -83,6 +91,12 @@ class QaConfig(MeasureFields, ShotFields):
 
     qa: Rows
     max_new_tokens: int = Field(256, ge=1, description="limit of an answer, tokens")
+
+    @model_validator(mode="after")
+    def _the_kernel_runs(self) -> Self:
+        refuse_kernel_of_sampler(self.attention, "on --qa, whose answers are drawn: the sampler takes eager or sdpa")
+        return self
+
     extract: str | None = Field(
         None, min_length=1, description="regular expression: its first group, or last match, is the answer in a reply"
     )
@@ -123,4 +137,6 @@ class WinRateConfig(SamplingFields, RewardFields, JudgeFields, DoctorFields, Lau
     def _there_is_one_referee(self) -> WinRateConfig:
         if bool(self.reward_terms) == (self.judge is not None):
             raise ValueError("give a reward model with --reward, or a judge with --judge, and not both")
+        if not self.reward and (self.judge is None or self.judge_model is not None):
+            refuse_kernel_of_sampler(self.attention, "without a reward model: the sampler takes eager or sdpa")
         return self

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from gemma2.posttrain.schemas.fields import LaunchFields, Model, PrecisionFields
+from gemma2.posttrain.schemas.fields import LaunchFields, Model, PrecisionFields, refuse_kernel_of_sampler
 
 TaskName = Literal["mmlu", "arc_challenge", "gsm8k", "winogrande", "hellaswag"]
 
@@ -45,3 +45,10 @@ class SuiteConfig(PrecisionFields, LaunchFields):
     batch_size: int = Field(16, ge=1, description="rows that are scored or answered at once")
     doctor: bool = Field(True, description="refuse a model that gemma2 doctor --quick calls broken")
     seed: Annotated[int, Field(ge=0, description="seed of the few-shot examples; 1234 is lm-eval's")] = 1234
+
+    @model_validator(mode="after")
+    def _the_kernel_runs(self) -> Self:
+        refuse_kernel_of_sampler(self.attention, "on the suite, which shares what rows begin with by masks")
+        if self.engine != "gemma2" and self.attention not in ("auto", "eager"):
+            raise ValueError(f"--attention {self.attention} has no effect with --engine {self.engine}; leave it out")
+        return self

@@ -36,13 +36,13 @@ class Inline:
     def cpus(self, wanted: int | None) -> int:
         return wanted or 1
 
-    def check(self, stage: str, wanted: int | None) -> None:
+    def check(self, stage: str, wanted: object) -> None:
         return None
 
-    def has_room(self, command: str, wanted: int | None) -> bool:
+    def has_room(self, command: str, wanted: object) -> bool:
         return len(self.waiting) < self.jobs
 
-    def start(self, job: Job, wanted: int | None) -> None:
+    def start(self, job: Job, wanted: object) -> None:
         self.started.append(job.stage)
         self.waiting.append(job)
         self.most = max(self.most, len(self.waiting))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gemma2.posttrain.quantisation.layers import QuantisedLinear, dequantised
+from gemma2.posttrain.quantisation.quantised_linear import QuantisedLinear, dequantised
 
 CPU = torch.device("cpu")
 # Quantiles of a normal distribution, 8 above and 7 below 0 (QLoRA, 2305.14314, appendix E), rounded to fp32.

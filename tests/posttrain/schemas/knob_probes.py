@@ -469,7 +469,7 @@ def bench(config: Any, room: Room) -> object:
 
 
 def open_run(room: Room) -> Any:
-    return SimpleNamespace(checkpoints=room.root / "checkpoints", path=room.root, ranks=ALONE)
+    return SimpleNamespace(checkpoints=room.root / "checkpoints", path=room.root, ranks=ALONE, origin={})
 
 
 def adapters(config: Any, room: Room) -> object:
@@ -497,6 +497,7 @@ def rl_data(config: Any, room: Room) -> object:
 
 def rl_run(config: Any, room: Room) -> object:
     """What `gemma2 rlhf` sets up before the first step, in calls of the functions that build it."""
+    from gemma2.posttrain.adapters import frozen_base
     from gemma2.posttrain.rl import rlhf, setup
 
     calls: list[object] = []
@@ -509,6 +510,7 @@ def rl_run(config: Any, room: Room) -> object:
     with (
         patch.object(rlhf, "open_run", note("parents", nothing(open_run(room)))),
         patch.object(setup, "load_policy", note("load", (network, None))),
+        patch.object(frozen_base, "load_policy", note("load", (network, None))),
         patch.object(setup, "check_targets"),
         patch.object(setup, "sharing_copy", lambda policy: network),
         patch.object(setup, "check_same_vocabulary"),

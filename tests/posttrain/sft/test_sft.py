@@ -240,7 +240,7 @@ def test_weights_change_the_result_and_a_resume_keeps_it(inputs, tmp_path, mixed
         ({"weights": (-1,)}, "weights must be above 0"),
         ({"data": ("a", "a")}, "data names a twice"),
         ({"lora_output": "adapter"}, "lora_output=adapter needs an adapter"),
-        ({"packing": True}, "packing needs flash attention"),
+        ({"packing": True, "attention": "eager"}, "packing needs flex or flash attention"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(inputs, fields, said):

@@ -15,9 +15,11 @@ from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.pipelines.executors.jobs import Job, Outcome
 from gemma2.posttrain.pipelines.executors.processes import LocalExecutor, visible_gpus
+from gemma2.posttrain.schemas import Resources
 
 pytestmark = pytest.mark.long
 
+ANY = Resources()
 ROW = {"prompt": "What is two plus two?", "completion": "It is four, as you can count on your fingers."}
 
 
@@ -72,9 +74,9 @@ def executor():
 
 
 def test_a_stage_is_a_process_of_its_own_and_tells_how_it_ended(place, executor):
-    executor.start(job(place), None)
-    executor.start(job(place, "bad", options={"data": "gone.jsonl"}), None)
-    assert not executor.has_room("filter", None)
+    executor.start(job(place), ANY)
+    executor.start(job(place, "bad", options={"data": "gone.jsonl"}), ANY)
+    assert not executor.has_room("filter", ANY)
     found = outcomes(executor, 2)
     assert found["a"].code == 0
     assert found["a"].summary["kept"] == 4
@@ -82,11 +84,11 @@ def test_a_stage_is_a_process_of_its_own_and_tells_how_it_ended(place, executor)
     assert found["bad"].code == 1
     assert "gone.jsonl" in found["bad"].error
     assert not found["bad"].traceback
-    assert executor.has_room("filter", None)
+    assert executor.has_room("filter", ANY)
 
 
 def test_a_bug_is_told_with_its_traceback_and_logged(place, executor):
-    executor.start(job(place, options={"data": "rows.jsonl", "no such option": 1}), None)
+    executor.start(job(place, options={"data": "rows.jsonl", "no such option": 1}), ANY)
     found = outcomes(executor, 1)["a"]
     assert found.code == 1
     assert "Traceback" in found.traceback
@@ -95,24 +97,26 @@ def test_a_bug_is_told_with_its_traceback_and_logged(place, executor):
 
 def test_a_process_that_is_killed_is_told_by_its_signal(place, executor):
     write_rows(place, 20_000)  # so that it cannot end before it is killed
-    executor.start(job(place), None)
+    executor.start(job(place), ANY)
     os.kill(pid_of(executor), signal.SIGKILL)
     assert outcomes(executor, 1)["a"].error.startswith("its process was ended by SIGKILL")
 
 
 def test_every_stage_has_its_gpus_to_itself(place, executor):
-    assert executor.wanted_gpus("rlhf", None) == 1
-    assert executor.wanted_gpus("filter", None) == executor.wanted_gpus("merge slerp", None) == 0
-    executor.start(job(place), 2)
+    assert executor.wanted_gpus("rlhf", ANY) == 1
+    assert executor.wanted_gpus("filter", ANY) == executor.wanted_gpus("merge slerp", ANY) == 0
+    executor.start(job(place), Resources(gpus=2))
     assert executor.running["a"].gpus == ("0", "1")
-    assert executor.has_room("rlhf", None)
-    assert not executor.has_room("rlhf", 2)
-    executor.start(job(place, "b"), 1)
+    assert executor.has_room("rlhf", ANY)
+    assert not executor.has_room("rlhf", Resources(gpus=2))
+    executor.start(job(place, "b"), Resources(gpus=1))
     assert executor.running["b"].gpus == ("2",)
     outcomes(executor, 2)
     assert sorted(executor.gpus) == ["0", "1", "2"]
     with pytest.raises(UsageError, match=r"stages\.a\.resources\.gpus = 4: this machine has 3"):
-        executor.check("a", 4)
+        executor.check("a", Resources(gpus=4))
+    with pytest.raises(UsageError, match=r"resources\.nodes = 2: --executor local has this machine alone; give --exe"):
+        executor.check("a", Resources(nodes=2))
 
 
 @pytest.mark.parametrize(("given", "expected"), [("", ()), ("-1", ()), ("3, 5", ("3", "5"))])
@@ -260,7 +264,7 @@ def test_what_is_refused_leaves_nothing_behind_and_blocks_nothing(place, monkeyp
         invoke([*asked, "--set", "b.data=gone.jsonl"])
     assert capsys.readouterr().out == ""
     for more in ([], ["--dry-run"]):
-        with pytest.raises(UsageError, match=r"stages\.b\.resources\.gpus = 99: this machine has"):
+        with pytest.raises(UsageError, match=r"stages\.b\.resources\.gpus = 99: filter runs in one process"):
             invoke([*asked, *more, "--set", "stages.b.resources.gpus=99"])
     assert sorted(path.name for path in place.iterdir()) == ["p.yaml", "rows.jsonl"]
     (place / "out").mkdir()

@@ -106,7 +106,7 @@ def dequantised(linear: nn.Linear) -> Tensor:
     return linear.dequantised() if isinstance(linear, QuantisedLinear) else linear.weight
 
 
-class _Context(Protocol):
+class _ProductContext(Protocol):
     """What the forward pass keeps for the backward pass."""
 
     weight: Callable[[], Tensor]
@@ -116,11 +116,11 @@ class _FrozenProduct(torch.autograd.Function):
     """x (..., in) @ W.T; the gradient of x needs W, which is formed again."""
 
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    def forward(ctx: _ProductContext, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         ctx.weight = weight
         return F.linear(x, weight().to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _ProductContext, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.weight().to(gradient.dtype), None

@@ -1,7 +1,8 @@
-"""How far a written output is from the model that was trained, where the base of its adapter was rounded.
+"""How far a written output is from the model that was trained, where the base of its adapter was quantised.
 
     KL(trained || written) a token, and the largest difference of a logit, or of a score, over a few rows
 
+A base that was only rounded to bf16 is not looked at: so is every model that is not trained (`models/precision.py`).
 Both models are compared on the same rows; the output is read back in the precision in which a model that is not trained
 is used, to main memory: the accelerator still holds the trained one.
 """
@@ -53,8 +54,8 @@ def policy_difference(
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
     kl = float(torch.cat(divergences).double().mean())
     text = (
-        f"the output, the adapter on the unrounded base, is {kl:.2g} nats a token from the model that was trained on "
-        f"the rounded one; logits differ by at most {largest:.2g}"
+        f"the output, the adapter on the unquantised base, is {kl:.2g} nats a token from the model that was trained on "
+        f"the quantised one; logits differ by at most {largest:.2g}"
     )
     if kl > MUCH:
         progress.warn(f"{text}: measure the output with gemma2 eval, or train without --base-bits")
@@ -80,7 +81,7 @@ def score_difference(
     ours, theirs = (score(model, some).float().cpu() for model in (plain_model(trained), written))
     largest, spread = float((ours - theirs).abs().max()), float(ours.std(correction=0))
     progress.note(
-        "scores of the output, the adapter on the unrounded base, differ from those of the model that was trained by "
+        "scores of the output, the adapter on the unquantised base, differ from those of the model that was trained by "
         f"at most {largest:.2g}; they spread by {spread:.2g}"
     )
     return {"merged_score_difference": largest}

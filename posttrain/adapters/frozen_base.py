@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from gemma2.core.progress import Progress
+from gemma2.posttrain.attention.choice import chosen_kernel
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import default_device, load_policy
 from gemma2.posttrain.models.precision import frozen_dtype
@@ -25,6 +26,7 @@ from gemma2.posttrain.models.protocols import CausalLM, Network
 from gemma2.posttrain.quantisation.convert import quantise
 from gemma2.posttrain.quantisation.nf4 import require_bitsandbytes
 from gemma2.posttrain.schemas import LoraFields
+from gemma2.posttrain.schemas.fields import Attention
 
 __all__ = ["base_dtype", "check_base", "load_trained", "quantised_base"]
 
@@ -43,30 +45,36 @@ def check_base(config: LoraFields) -> None:
 
 
 def load_trained(
-    path: Path, config: LoraFields, progress: Progress, attention: str = "eager"
+    path: Path, config: LoraFields, progress: Progress, attention: Attention = "eager"
 ) -> tuple[CausalLM, Tokenizer]:
     """Load the language model that is going to be trained, and its tokenizer.
 
     Raises what `load_policy` raises, and InputError for weights that cannot be quantised.
     """
 
-    def load(device: torch.device) -> tuple[CausalLM, Tokenizer]:
-        return load_policy(path, base_dtype(config), device, attention)
+    def load(device: torch.device, kernel: Attention) -> tuple[CausalLM, Tokenizer]:
+        return load_policy(path, base_dtype(config), device, kernel)
 
-    return quantised_base(path, config, progress, load)
+    return quantised_base(path, config, progress, load, attention)
 
 
 def quantised_base(
-    path: Path, config: LoraFields, progress: Progress, load: Callable[[torch.device], tuple[N, Tokenizer]]
+    path: Path,
+    config: LoraFields,
+    progress: Progress,
+    load: Callable[[torch.device, Attention], tuple[N, Tokenizer]],
+    attention: Attention = "eager",
 ) -> tuple[N, Tokenizer]:
-    """Load a model, and quantise its linear layers if --base-bits says so. load: loads it to a device.
+    """Load a model, and quantise its linear layers if --base-bits says so. load: loads it to a device, with a kernel.
 
-    A model that is quantised is loaded to main memory first, and moves one matrix after the other.
+    A model that is quantised is loaded to main memory first, and moves one matrix after the other. Its attention is the
+    kernel that suits the device on which it runs.
     """
     device = default_device()
     if config.base_bits is None:
-        return load(device)
-    model, tokenizer = load(torch.device("cpu"))
+        return load(device, attention)
+    model, tokenizer = load(torch.device("cpu"), "eager")
+    model.config._attn_implementation = chosen_kernel(attention, path, base_dtype(config), device)
     assert isinstance(model, nn.Module)
     error = quantise(model, config.base_bits, device)
     progress.note(f"{path}: {error}")

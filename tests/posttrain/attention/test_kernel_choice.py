@@ -1,0 +1,255 @@
+"""What is asked for runs or is refused in one line; what `auto` takes is said and recorded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gemma2.core.errors import UsageError
+from gemma2.posttrain.attention import choice
+from gemma2.posttrain.attention.choice import chosen_kernel, drawing_kernel, settle_attention
+from gemma2.posttrain.attention.kernel_check import Distances, KernelCheck
+from gemma2.posttrain.attention.kernels import installed_kernels, refuse_kernel
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.scorer import masked_states, token_logps
+from gemma2.posttrain.tiny.networks import save_random, tiny_tokenizer
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CAPPED = {"model_type": "gemma2", "attn_logit_softcapping": 50.0}
+PLAIN = {"model_type": "llama"}
+LIMIT = Distances(0.1, 0.3)
+
+
+class Heard:
+    """A progress that keeps its lines."""
+
+    def __init__(self):
+        self.notes, self.warnings = [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+
+@pytest.fixture(autouse=True)
+def no_decisions(monkeypatch):
+    monkeypatch.setattr(choice, "_choices", {})
+
+
+@pytest.fixture
+def model(tmp_path):
+    return save_random(tmp_path / "model")
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """Stands in for the comparison: its outcome is set, and every call is kept."""
+    seen = []
+    seen_off = [Distances(0.01, 0.02)]
+
+    def compared(settings, kernel, precision, device, *, learns, packed=False):
+        seen.append((kernel, precision, learns, packed))
+        if isinstance(seen_off[0], Exception):
+            raise seen_off[0]
+        return KernelCheck(kernel, precision, "packed", seen_off[0], LIMIT, learns, "without the soft cap")
+
+    monkeypatch.setattr(choice, "check_kernel", compared)
+    compared.seen, compared.off = seen, seen_off
+    return compared
+
+
+# --- auto -------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_on_a_cpu_is_eager_and_compares_nothing(model, checks):
+    heard = Heard()
+    found = settle_attention("auto", [model], heard, device=CPU, learns=True)
+    assert found == {"asked": "auto", "models": {str(model): {"kernel": "eager"}}}
+    assert (checks.seen, heard.notes, heard.warnings) == ([], [], [])
+
+
+def test_auto_on_an_accelerator_takes_flex_and_says_by_how_much_it_is_off(model, checks):
+    heard = Heard()
+    found = settle_attention("auto", [model], heard, device=CUDA, learns=True)
+    assert found["models"][str(model)]["kernel"] == "flex_attention"
+    assert [one["states"] for one in found["models"][str(model)]["checks"]] == [0.01, 0.01]
+    (line,) = heard.notes
+    assert line.startswith("attention: flex_attention, off eager attention by 0.01 of the states' size (limit 0.1), ")
+    assert checks.seen == [("flex_attention", "autocast", True, False), ("flex_attention", "float32", False, False)]
+
+
+def test_models_that_are_read_are_compared_in_their_precision_and_without_gradients(model, checks):
+    settle_attention("auto", [model], dtype=torch.bfloat16, device=CUDA)
+    assert checks.seen == [("flex_attention", "bfloat16", False, False)]
+
+
+def test_auto_falls_back_to_eager_with_the_figures(model, checks):
+    checks.off[0] = Distances(0.24, 3.0)
+    heard = Heard()
+    found = settle_attention("auto", [model], heard, device=CUDA)
+    (line,) = heard.warnings
+    assert line == (
+        "attention: eager; flex_attention is off eager attention by 0.24 of the states' size (limit 0.1) in fp32 on "
+        "packed rows: without the soft cap"
+    )
+    record = found["models"][str(model)]
+    assert (record["kernel"], record["reason"], record["checks"][0]["states"]) == ("eager", line, 0.24)
+    assert chosen_kernel("auto", model, torch.float32, CUDA) == "eager"
+
+
+def test_auto_falls_back_where_the_kernel_cannot_run_and_repeats_the_cause(model, checks):
+    checks.off[0] = RuntimeError("out of\n shared memory")
+    heard = Heard()
+    settle_attention("auto", [model], heard, device=CUDA)
+    assert heard.warnings == ["attention: eager; flex_attention cannot run here: out of shared memory"]
+    heard = Heard()
+    settle_attention("auto", [model], heard, device=torch.device("meta"))
+    assert heard.warnings == ["attention: eager; --attention flex_attention does not run on meta"]
+
+
+def test_a_decision_is_made_once_for_an_architecture(model, tmp_path, checks):
+    same, other = save_random(tmp_path / "b", 5), save_random(tmp_path / "c", head_dim=4)
+    settle_attention("auto", [model], device=CUDA, learns=True)
+    assert chosen_kernel("auto", same, torch.bfloat16, CUDA) == "flex_attention"
+    assert len(checks.seen) == 2
+    assert chosen_kernel("auto", other, torch.bfloat16, CUDA) == "flex_attention"
+    assert checks.seen[2:] == [("flex_attention", "bfloat16", False, False)]
+
+
+def test_packing_is_refused_where_auto_is_eager(model):
+    with pytest.raises(UsageError, match=r"packing with eager attention .*; drop --packing"):
+        settle_attention("auto", [model], device=CPU, learns=True, packed=True)
+
+
+# --- a kernel that is asked for ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel", "settings", "device", "options", "said"),
+    [
+        ("sdpa", CAPPED, CUDA, {}, "sdpa has no soft cap, and this model's attention has one"),
+        ("flex_attention", CAPPED, CPU, {}, "flex_attention needs an accelerator"),
+        ("flash_attention_2", CAPPED, CPU, {}, "flash_attention_2 needs an accelerator"),
+        ("flash_attention_3", CAPPED, torch.device("hpu"), {}, "flash_attention_3 does not run on hpu"),
+        ("flash_attention_2", CAPPED, CUDA, {}, "needs the package flash-attn; pip install flash-attn"),
+        ("flash_attention_3", CAPPED, CUDA, {}, "needs the package flash-attn-3; pip install flash-attn-3"),
+        ("flex_attention", PLAIN | {"attention_dropout": 0.1}, CUDA, {"learns": True}, "has no dropout"),
+    ],
+)
+def test_a_kernel_that_does_not_fit_is_refused(kernel, settings, device, options, said):
+    with pytest.raises(UsageError, match=said):
+        refuse_kernel(kernel, settings, device, **{"learns": False} | options)
+
+
+def test_flash_attention_and_fp32_do_not_go_together(monkeypatch):
+    from gemma2.posttrain.attention import kernels
+
+    monkeypatch.setitem(kernels.FOUND, "flash_attention_2", lambda: True)
+    refuse_kernel("flash_attention_2", CAPPED, CUDA, learns=True)
+    with pytest.raises(UsageError, match="half precision only; give --dtype bfloat16"):
+        refuse_kernel("flash_attention_2", CAPPED, CUDA, learns=False, wide=True)
+    assert installed_kernels(CUDA) == ["flex_attention", "flash_attention_2"]
+    assert installed_kernels(CPU) == []
+
+
+def test_kernels_that_fit_are_not_refused():
+    for kernel, settings, device in [("eager", CAPPED, CPU), ("sdpa", PLAIN, CPU), ("flex_attention", CAPPED, CUDA)]:
+        refuse_kernel(kernel, settings, device, learns=True)
+
+
+def test_flash_attention_is_compared_under_autocast_alone(model, checks, monkeypatch):
+    from gemma2.posttrain.attention import kernels
+
+    monkeypatch.setitem(kernels.FOUND, "flash_attention_2", lambda: True)
+    settle_attention("flash_attention_2", [model], device=CUDA, learns=True, packed=True)
+    assert checks.seen == [("flash_attention_2", "autocast", True, True)]
+
+
+def test_a_kernel_that_was_asked_for_and_is_wrong_ends_the_command(model, checks):
+    checks.off[0] = Distances(0.24, 3.0)
+    with pytest.raises(UsageError, match=r"computes other attention .*: without the soft cap; use --attention eager"):
+        settle_attention("flex_attention", [model], device=CUDA)
+    assert chosen_kernel("eager", model, torch.float32, CUDA) == "eager"  # its advice
+
+
+def test_a_kernel_that_was_asked_for_and_breaks_is_not_replaced(model, checks):
+    checks.off[0] = RuntimeError("no kernel image\nfor sm_70")
+    said = "--attention flex_attention cannot run here: no kernel image for sm_70; use --attention eager"
+    with pytest.raises(UsageError, match=said):
+        settle_attention("flex_attention", [model], device=CUDA)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    path: Path = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_a_model_without_a_cap_is_scored_by_sdpa_as_by_eager(llama):
+    """The comparison runs for real here, on the CPU."""
+    eager, sdpa = load_policy(llama, attention="eager")[0], load_policy(llama, attention="sdpa")[0]
+    assert sdpa.config._attn_implementation == "sdpa"
+    prompts, answers = [[2, 5, 6], [2, 9]], [[7, 8], [10, 11, 12]]
+    for a, b in zip(token_logps(eager, prompts, answers), token_logps(sdpa, prompts, answers), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_gemma_2_is_not_loaded_with_sdpa(model):
+    with pytest.raises(UsageError, match=r"no soft cap, .*attn_logit_softcapping 50.0.*; use --attention eager"):
+        load_policy(model, attention="sdpa")
+
+
+def test_flex_attention_scores_as_eager_does(model, uncompiled_flex):
+    """The scorer hands it no masks: rows are padded on the right."""
+    eager = load_policy(model)[0]
+    flex = load_policy(model)[0]
+    flex.config._attn_implementation = "flex_attention"
+    prompts, answers = [[2, 5, 6], [2, 9]], [[7, 8] * 9, [10, 11, 12]]  # longer than the window of 8
+    with torch.no_grad():
+        for a, b in zip(token_logps(eager, prompts, answers), token_logps(flex, prompts, answers), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_flash_attention_reads_fp32_weights_under_autocast(model):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    seen = []
+
+    def attend(module, query, key, value, *arguments, **options):
+        seen.append((torch.is_autocast_enabled("cpu"), value.dtype))
+        return eager_attention_forward(module, query, key, value.to(query.dtype), *arguments, **options)
+
+    AttentionInterface.register("flash_stand_in", attend)
+    AttentionMaskInterface.register("flash_stand_in", eager_mask)
+    network = load_policy(model)[0]
+    network.config._attn_implementation = "flash_stand_in"
+    with torch.no_grad():
+        masked_states(network, torch.tensor([[2, 5, 6]]))
+        network.bfloat16()
+        masked_states(network, torch.tensor([[2, 5, 6]]))
+    assert seen == [(True, torch.bfloat16)] * 2 + [(False, torch.bfloat16)] * 2
+
+
+def test_the_sampler_draws_in_eager_attention_or_sdpa():
+    kernels = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2")
+    assert [drawing_kernel(asked) for asked in kernels] == ["eager", "eager", "sdpa", "eager", "eager"]
+
+
+def test_records_are_json(model, checks):
+    assert json.loads(json.dumps(settle_attention("auto", [model], device=CUDA, learns=True)))
