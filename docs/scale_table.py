@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma2.posttrain.planning.memory import Lengths, memory_of, place_for
-from gemma2.posttrain.planning.shapes import SIZES, shape_of
+from gemma2.posttrain.planning.shapes import SIZES, ModelShape, shape_of
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import Config
 
@@ -51,7 +51,21 @@ def rows() -> dict[str, Made]:
             config = RlhfConfig(max_new_tokens=ANSWER, n=4, prompts_per_step=32, **of)
             name = f"rlhf {size.upper()}, reward model {judge.upper()}, {form}"
             found[name] = _on(config)
+            if size != "2b" and "base_bits" not in fields:
+                found[f"{name}, vLLM"] = _on(config, _vllm(SIZES[size]))
     return found
+
+
+def _vllm(shape: ModelShape) -> Callable[[int, float], dict[str, Any]]:
+    """vLLM in the training processes, over the GPUs of a machine, with a cache of 64 x 2048 tokens in bf16."""
+    cache = 64 * TOKENS * shape.layers * shape.groups * shape.head_dim * 2 * 2
+
+    def further(gpus: int, capacity: float) -> dict[str, Any]:
+        parallel = min(gpus, 8)
+        held = (2 * shape.parameters + cache) / parallel + WORKING
+        return {"engine": "vllm", "vllm_tensor_parallel": parallel, "vllm_memory": held / capacity}
+
+    return further
 
 
 def _on(config: Config, further: Callable[[int, float], dict[str, Any]] = lambda gpus, capacity: {}) -> Made:
