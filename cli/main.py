@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gemma2.core.interrupts import Signals
-from gemma2.core.ranks import LastWord, follow_launcher, is_launched, leave_word
+from gemma2.core.ranks import LastWord, follow_launcher, is_launched, leave_job, leave_word
 from gemma2.core.streams import drop_unread, settle_streams
 
 from .terminal import opening
@@ -198,6 +198,8 @@ def main() -> None:
     try:
         _environment()
         code = run(sys.argv[1:])
+        if code == 0:
+            leave_job()
         signals.end()
         if code and signals.caught is not None:  # a library made an expected failure out of the interrupt
             code = _interrupted(signals.caught)

@@ -33,10 +33,11 @@ from gemma2.posttrain.adapters.output_difference import policy_difference
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
-from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
+from gemma2.posttrain.evaluation.evaluate import Measurement, MeasureSettings, measure
 from gemma2.posttrain.evaluation.trajectory import procedure
 from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
-from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
+from gemma2.posttrain.models.lora import lora_config, merged_copy, plain_model, save_adapter
+from gemma2.posttrain.models.precision import as_loaded, free_cached, frozen_dtype, trained_weights
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
@@ -56,7 +57,7 @@ from .first_rollouts import FirstAnchors
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
 from .setup import RlSetup, make_anchor, prepare
-from .vllm import VllmSampler, check_usable
+from .vllm import VllmSampler, check_usable, compare_attention
 
 __all__ = ["run_rlhf"]
 
@@ -79,6 +80,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
+        compare_attention(config, ranks, progress)
     check_base(config)
     with open_run("rlhf", config, options, ranks=ranks) as run:
         reading = Reading(config)
@@ -105,8 +107,7 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         trainer.add_callback(
             FirstAnchors(setup.rollout.policy, setup.reference, trainer.anchor, setup.rollout.anchor, config.mu)
         )
-        half = arguments.bf16 or arguments.fp16
-        evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config, half))
+        evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config))
         trainer.add_callback(evaluation)
         run.memory.holds = {
             "anchor": lambda: trainer.anchor,
@@ -212,11 +213,13 @@ def seed_of(config: RlhfConfig) -> int:
     return config.seed if config.eval_seed is None else config.eval_seed
 
 
-def alike_of(config: RlhfConfig, half: bool) -> str | None:
+def alike_of(config: RlhfConfig) -> str | None:
     """The procedure of the evaluations; None on a part of the training prompts, which no other command measures on."""
     if config.heldout is None:
         return None
-    return procedure(config, config.sft or config.policy, config.heldout, 1, seed_of(config), half)
+    return procedure(
+        config, config.sft or config.policy, config.heldout, 1, seed_of(config), frozen_dtype(config.dtype)
+    )
 
 
 @dataclass(eq=False)
@@ -233,12 +236,8 @@ class PolicyEvaluation(PeriodicEvaluation):
 
     def measure(self, step: int) -> None:
         """Log one point of the trajectory and let the guards judge it."""
-        rollout, config = self.setup.rollout, self.config
-        params = SamplingParams(config.max_new_tokens, config.temperature)
-        settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
-        seen = measuring(self.trainer.model, f"step {step}: the policy on held-out prompts")
-        with seen, self.trainer.accelerator.autocast():
-            measured = measure(rollout.policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
+        measured = self.measured(step)
+        free_cached()
         found = measured.columns()
         kl, truncated = float(found["kl"] or 0.0), float(found["truncated"] or 0.0)
         if step == 0 and self.setup.starts_at_sft and abs(kl) > TOLERANCE_FP32:
@@ -250,6 +249,24 @@ class PolicyEvaluation(PeriodicEvaluation):
         for row in measured.samples:
             self.run.sample(step, **row)
         self.guards.measured(step, kl, truncated)
+
+    def measured(self, step: int) -> Measurement:
+        """Measure the policy as `eval` and `pareto` would load it; rounded copies of the models end with this call."""
+        rollout, config = self.setup.rollout, self.config
+        params = SamplingParams(config.max_new_tokens, config.temperature)
+        settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
+        dtype = frozen_dtype(config.dtype)
+        with (
+            trained_weights(rollout.policy, self.setup.base, dtype) as policy,
+            as_loaded(self.setup.reference, dtype) as reference,
+            measuring(self.watched(policy), f"step {step}: the policy on held-out prompts"),
+        ):
+            return measure(policy, reference, rollout.chat, self.rows, [rollout.score], settings)
+
+    def watched(self, policy: CausalLM) -> CausalLM:
+        """The network that must run in a measurement: `policy`, the trained one or a rounded copy of it."""
+        trained = plain_model(self.trainer.model)
+        return policy if self.setup.rollout.policy is trained else trained
 
     def summary(self) -> dict[str, float | None]:
         """The last measurement, which may be of the part of the run before a resume."""

@@ -1,13 +1,16 @@
 """The processes of a command end as one: one line, of the process that was the cause, and its exit code."""
 
+import ctypes
 import gc
 import os
 import signal
 import socket
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
+from gemma2.core import ranks
 from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.core.ranks import FOLDER
 from gemma2.posttrain.launch import launcher
@@ -60,6 +63,20 @@ def run(monkeypatch):
         warnings.simplefilter("ignore", ResourceWarning)
         yield lambda *works: run_processes(Processes(works, ("0", "1")))
         gc.collect()
+
+
+def test_a_process_whose_command_is_gone_ends(monkeypatch):
+    signals = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: signals.append((pid, number)))
+    monkeypatch.setattr("sys.platform", "linux")
+    ranks.follow_launcher()  # not one of several: nothing happens
+    monkeypatch.setenv(FOLDER, "folder")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *asked: signals.append(asked)))
+    for parent in (os.getppid(), -1):
+        monkeypatch.setenv(ranks.LAUNCHER, str(parent))
+        ranks.follow_launcher()
+    asked = (ranks.PR_SET_PDEATHSIG, signal.SIGTERM)
+    assert signals == [asked, asked, (os.getpid(), signal.SIGTERM)]
 
 
 def test_processes_that_do_their_work_end_with_0(run, capfd):
