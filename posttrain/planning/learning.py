@@ -299,16 +299,18 @@ def rows_of_each(batch: int, place: MemoryPlace) -> int:
     return max(1, batch // place.devices)
 
 
-def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int, place: MemoryPlace) -> Moment:
+def generating(
+    one: Trained, base: Sum, rows: int, prompt: int, new: int, place: MemoryPlace, lent: bool = False
+) -> Moment:
     """Return the moment in which a model in training answers prompts: its cache, logits, and copies of its weights.
 
-    Divided weights are gathered for the whole of it.
+    Divided weights are gathered for the whole of it. lent: to a plain model, products of adapters added.
     """
     shape, item = one.network.shape, 2 if one.network.mixed else 4
     prefill = replace(one.network, attention="eager", checkpointing=False).forward_bytes(RowBatch(rows, prompt))
     # Under autocast every matrix is converted once; the products of adapters are added to copies.
     whole = place.full_shard
-    every = not one.network.trained or (one.network.mixed and not whole)
+    every = (one.network.mixed and not whole) or not (one.network.trained or (lent and whole))
     copies = Bytes() if one.formed else decoding_copies(shape, item, every)
     if one.network.mixed and one.network.trained and not shape.outputs:  # the head as well
         copies += blocks(2.0 * shape.embedding)

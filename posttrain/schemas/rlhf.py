@@ -77,10 +77,10 @@ class RewardFields(CallFields, PrecisionFields):
 
 class VllmFields(Config):
     """The engine that draws the samples of RL. TRL's names are use_vllm, vllm_mode, vllm_server_base_url,
-    vllm_gpu_memory_utilization and vllm_tensor_parallel_size.
+    vllm_gpu_memory_utilization, vllm_tensor_parallel_size, vllm_max_model_length and vllm_enable_sleep_mode.
     """
 
-    INCIDENTAL = frozenset({"vllm_server_url", "vllm_memory"})
+    INCIDENTAL = frozenset({"vllm_server_url", "vllm_memory", "vllm_sleep_mode"})
 
     engine: Literal["transformers", "vllm"] = Field(
         "transformers", description="engine that draws the samples: the built-in sampler, or vLLM, which needs a GPU"
@@ -91,11 +91,24 @@ class VllmFields(Config):
     vllm_server_url: str | None = Field(None, description="vllm server: its address, without /v1")
     vllm_memory: float = Field(0.3, gt=0, lt=1, description="vllm colocate: share of the GPU's memory for vLLM")
     vllm_tensor_parallel: int = Field(1, ge=1, description="vllm colocate: processes that hold one copy of the policy")
+    vllm_max_model_len: int | None = Field(
+        None, ge=2, description="vllm colocate: longest prompt and completion, tokens; default: the model's context"
+    )
+    vllm_seeds: Literal["batch", "request"] = Field(
+        "batch",
+        description="vllm colocate: one seed for all samples of a step, which is faster; or one for each, so that what is "
+        "drawn next to a sample does not change it",
+    )
+    vllm_sleep_mode: bool = Field(
+        False, description="vllm colocate: give its weights and cache back to the GPU while the policy is updated"
+    )
 
     @model_validator(mode="after")
     def _vllm_options_fit_each_other(self) -> Self:
         server = self.vllm_mode == "server"
         shared = self.vllm_memory != type(self).model_fields["vllm_memory"].default
+        shared = shared or self.vllm_max_model_len is not None or self.vllm_sleep_mode
+        shared = shared or self.vllm_seeds != type(self).model_fields["vllm_seeds"].default
         given = self.vllm_server_url is not None or server or self.vllm_tensor_parallel > 1 or shared
         if self.engine != "vllm" and given:
             raise ValueError("the options of vLLM are for --engine vllm; give it, or drop them")
@@ -103,7 +116,8 @@ class VllmFields(Config):
             raise ValueError("--vllm-mode server and --vllm-server-url go together; give both, or neither")
         if server and (self.vllm_tensor_parallel > 1 or shared):
             raise ValueError(
-                "--vllm-tensor-parallel and --vllm-memory are for colocate; set them where the server is started"
+                "--vllm-tensor-parallel, --vllm-memory, --vllm-max-model-len, --vllm-seeds and --vllm-sleep-mode are for "
+                "colocate; set them where the server is started"
             )
         if self.vllm_server_url is not None:
             check_address(self.vllm_server_url, "--vllm-server-url")
@@ -119,7 +133,12 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
     anchor: Literal["ema", "sft", "none"] = Field(
         "ema", description="reference of the KL penalty: the policy's average, the SFT policy, or no penalty"
     )
-    mu: float = Field(0.01, ge=0, le=1, description="EMA rate of the anchor, per optimizer step")
+    mu: float = Field(
+        0.01, ge=0, le=1, description="EMA rate of the anchor, per optimizer step, or per --ema-every of them"
+    )
+    ema_every: int = Field(
+        1, ge=1, description="optimizer steps between updates of the anchor; --mu is then per that many steps"
+    )
     anchor_memory: Literal["gpu", "cpu"] = Field(
         "gpu",
         description="where the fp32 average is kept: on the GPU, or on the host with a bf16 copy for scoring",
@@ -154,10 +173,17 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> RlFields:
+        if self.vllm_max_model_len is not None and self.vllm_max_model_len <= self.max_new_tokens:
+            raise ValueError(
+                f"vllm_max_model_len {self.vllm_max_model_len} leaves no room for a prompt before max_new_tokens "
+                f"{self.max_new_tokens}; raise it, or lower max_new_tokens"
+            )
         if self.lora_dropout > 0:
             raise ValueError("lora_dropout would train a different policy from the one that sampled; leave it at 0")
         if self.anchor_memory == "cpu" and (self.anchor != "ema" or self.lora_anchor == "factors"):
             raise ValueError("anchor_memory=cpu is for an average of full weights; leave it at gpu")
+        if self.ema_every > 1 and self.anchor != "ema":
+            raise ValueError("ema_every is for anchor=ema; drop it")
         if self.lora_anchor == "factors" and (self.lora_rank == 0 or self.anchor != "ema"):
             raise ValueError("lora_anchor=factors is an EMA of adapters; give lora_rank and anchor=ema, or drop it")
         return self
