@@ -27,7 +27,6 @@ from .errors import Gemma2Error, UsageError
 __all__ = [
     "ALONE",
     "FOLDER",
-    "LAUNCHER",
     "LastWord",
     "Ranks",
     "announced",
