@@ -8,6 +8,7 @@ A bug keeps its traceback.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -42,6 +43,7 @@ def _environment() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # users can do nothing about deprecations inside libraries
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends a package wherever it is imported
 
 
 def _fail(message: str, code: int) -> int:

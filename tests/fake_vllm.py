@@ -99,9 +99,24 @@ class LLM:
         self.llm_engine = types.SimpleNamespace(model_config=config, model_executor=executor)
         self.loaded: list[str] = []
         self.resets = 0
+        self.asleep: set[str] = set()
+        self.slept = 0
         type(self).made.append(self)
 
+    def sleep(self, level=1):
+        """Level 2 discards the weights: they must be loaded again."""
+        assert self.kwargs["enable_sleep_mode"]
+        self.asleep, self.slept = {"weights", "kv_cache"}, self.slept + 1
+        if level == 2:
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.fill_(torch.nan)
+
+    def wake_up(self, tags=None):
+        self.asleep -= set(tags or ("weights", "kv_cache"))
+
     def load_weights(self, weights):
+        assert "weights" not in self.asleep
         for name, tensor in weights:
             with torch.no_grad():
                 self.model.get_parameter(name).copy_(tensor)
@@ -114,6 +129,7 @@ class LLM:
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
         assert len(prompts) == len(sampling_params)
+        assert not self.asleep
         type(self).calls.append(list(sampling_params))
         pairs = enumerate(zip(prompts, sampling_params, strict=True))
         return [self._one(i, prompt["prompt_token_ids"], params) for i, (prompt, params) in pairs]

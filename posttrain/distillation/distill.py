@@ -22,12 +22,15 @@ from trl import DistillationConfig as TrlConfig
 from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.adapters.frozen_base import check_base, load_trained
+from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located, split
-from gemma2.posttrain.models.loading import default_device, load_policy, load_tokenizer, quiet_libraries, save_model
+from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import check_targets, lora_config, merged, plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_batches
@@ -64,6 +67,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     """
     quiet_libraries()
     cache = TeacherCache.open(config.teacher_cache) if config.teacher_cache else None
+    check_base(config)
     with open_run("distill", config, options) as run:
         reading = Reading(config)
         named = [config.model] if config.teacher is None else [config.model, config.teacher]
@@ -83,10 +87,25 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         trainer.add_callback(evaluation)
         train(trainer, run, callback, lambda: trainer.teaches)
         figures = callback.summary(trainer.model)
-        model = merged(trainer.model)
-        model.generation_config.eos_token_id = setup.material.chat.stop_ids
-        save_model(model, setup.material.chat.tokenizer, run.path)
+        figures |= write_student(trainer, setup, config, run, progress)
         return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
+
+
+def write_student(
+    trainer: GkdTrainer, setup: DistillSetup, config: DistillConfig, run: Run, progress: Progress
+) -> JsonObject:
+    """Write the student as a plain model, and return how far it is from one that was trained on a quantised base."""
+    chat = setup.material.chat
+    plain_model(trainer.model).generation_config.eos_token_id = chat.stop_ids
+    if not is_rounded(trainer.model):
+        save_model(merged(trainer.model), chat.tokenizer, run.path)
+        return {}
+    write_merged(trainer.model, products_of(trainer.model), config.model, chat.tokenizer, run.path)
+    if config.base_bits is None:
+        return {}
+    rows = [example.ids for example in setup.heldout or setup.material.examples]
+    rows = rows or [chat.prompt_ids(prompt.messages) for prompt in setup.heldout_prompts]
+    return policy_difference(trainer.model, run.path, rows, progress, trainer.args.bf16)
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, reading: Reading,
     tokenizer = load_tokenizer(config.model)
     if config.teacher is not None:  # before gigabytes are read
         check_same_tokenizer(load_tokenizer(config.teacher), tokenizer, str(config.teacher), str(config.model))
-    student, tokenizer = load_policy(config.model, attention=config.attention)
+    student, tokenizer = load_trained(config.model, config, progress, config.attention)
     check_head(student, f"--model {config.model}")
     check_targets(config, student)
     chat = ChatFormat(tokenizer, student.generation_config)

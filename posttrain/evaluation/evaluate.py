@@ -47,6 +47,7 @@ from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_n
 from gemma2.posttrain.models.scorer import CHUNK, hidden_states, mean_and_error
 from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
+from gemma2.posttrain.runs.together import together
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig
 
 from .intervals import confidence_interval
@@ -154,7 +155,8 @@ def measure(
         raise InputError("no held-out prompt is left", "give a file with at least two prompts")
     params = settings.sampling
     generator = torch.Generator().manual_seed(settings.seed)
-    size = max(1, 4 * settings.batch_size // params.n)  # prompts a chunk: enough to sort by length, few enough to watch
+    # Prompts a chunk, of each process: enough to sort by length, few enough to watch.
+    size = max(1, 4 * settings.batch_size // params.n) * settings.ranks.size
     parts: list[Part | None] = []
     with evaluating(model), evaluating(reference), progress.task(label, total=len(rows), unit="prompts") as task:
         for start in range(0, len(rows), size):
@@ -310,10 +312,10 @@ def _token_kl(logits: Tensor, reference: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).sum(-1).double().clamp_min(0)
 
 
-def settings_of(config: DistributionConfig) -> MeasureSettings:
-    """The part of a command's configuration that decides how completions are drawn."""
+def settings_of(config: DistributionConfig, ranks: Ranks = ALONE) -> MeasureSettings:
+    """The part of a command's configuration that decides how completions are drawn, and the processes that share it."""
     sampling = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, n=config.n)
-    return MeasureSettings(sampling, config.batch_size, config.seed)
+    return MeasureSettings(sampling, config.batch_size, config.seed, ranks=ranks)
 
 
 def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
@@ -325,8 +327,13 @@ def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
 
 
 def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
-    """Measure one policy. Writes nothing; returns the flat columns and sample completions."""
+    """Measure one policy. Writes nothing; returns flat columns and sample completions, on every process of a job."""
     quiet_libraries()
+    with together(config) as ranks:
+        return _measured(config, ranks, progress if ranks.is_main else SILENT)
+
+
+def _measured(config: EvalConfig, ranks: Ranks, progress: Progress) -> JsonObject:
     reading = Reading(config)
     rows = reading.prompts(config.prompts, config.limit)
     dtype = frozen_dtype(config.dtype)
@@ -342,7 +349,8 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
     model = reference if same else load_policy(config.model, dtype, attention=config.attention)[0]
     check_same_vocabulary(model, reference, str(config.model), str(config.sft))
     note_other_temperature(config, progress)
-    measured = measure(model, reference, chat, rows, scores, settings_of(config), progress, f"eval {config.model.name}")
+    settings = settings_of(config, ranks)
+    measured = measure(model, reference, chat, rows, scores, settings, progress, f"eval {config.model.name}")
     return {
         "model": str(config.model),
         **measured.columns(),
@@ -350,6 +358,7 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
         "prompts": len(rows),
         "temperature": config.temperature,
         "max_new_tokens": config.max_new_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
         "attention": settled,
         "samples": list(measured.samples),
     }

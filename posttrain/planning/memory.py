@@ -104,7 +104,7 @@ def place_for(
     divided = MemoryPlace(kind, count, True, capacity)
     if config.strategy == "fsdp":
         return divided
-    if config.strategy == "ddp" or count == 1:
+    if config.strategy == "ddp" or count == 1 or getattr(config, "base_bits", None) is not None:
         return whole
     plan = memory_of(config, shapes, whole, lengths)
     fits = plan is not None and plan.peak.bytes <= (1 - SPARE) * capacity

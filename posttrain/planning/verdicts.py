@@ -244,10 +244,12 @@ def _lora(config: Config, place: MemoryPlace) -> list[Option]:
         return [(0, {})]
     averaged = isinstance(config, RlFields) and config.anchor == "ema" and config.lora_anchor == "dense"
     factors: list[Option] = [(4, {"lora_anchor": "factors"})] if averaged else []
+    few: dict[str, object] = {"base_bits": 4} | (dict(factors[0][1]) if factors else {})
+    quantised: list[Option] = [(12, few)] if config.base_bits is None else []
     if config.lora_rank:
-        return [(0, {}), *factors]
+        return [(0, {}), *factors, *quantised]
     adapters: dict[str, object] = {"lora_rank": LORA_RANK}
-    return [(0, {}), (10, adapters), *((10 + cost, adapters | more) for cost, more in factors)]
+    return [(0, {}), (10, adapters), *((10 + cost, adapters | more) for cost, more in [*factors, *quantised])]
 
 
 def _lengths(config: Config, place: MemoryPlace) -> list[Option]:

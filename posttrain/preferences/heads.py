@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.digests import digest_weights
@@ -20,9 +20,11 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import Progress
 from gemma2.merging.inputs.architecture import classifies
+from gemma2.posttrain.adapters.frozen_base import base_dtype, quantised_base
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, read_config
 from gemma2.posttrain.models.protocols import RewardNetwork
+from gemma2.posttrain.schemas import LoraFields
 from gemma2.posttrain.schemas.fields import Attention
 
 __all__ = ["HEAD", "starting_model"]
@@ -31,17 +33,30 @@ HEAD = "score.weight"
 
 
 def starting_model(
-    path: Path, seed: int, from_head: Path | None, progress: Progress, attention: Attention
+    path: Path,
+    seed: int,
+    from_head: Path | None,
+    progress: Progress,
+    attention: Attention = "eager",
+    adapter: LoraFields | None = None,
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
+    adapter: settings of the training, by which a backbone that stays frozen is rounded; the head stays fp32. Default:
+    everything is fp32.
     Raises InputError for several outputs, and for a head that does not fit.
     """
+    settings = LoraFields() if adapter is None else adapter
+    dtype = base_dtype(settings)
     check_outputs(path, "--model")
-    if is_classifier(path):
-        model, tokenizer = load_reward_model(path, attention=attention)
-    else:
-        model, tokenizer = init_reward_model(path, seed, attention=attention)
+
+    def load(device: torch.device, kernel: Attention) -> tuple[RewardNetwork, Tokenizer]:
+        if is_classifier(path):
+            return load_reward_model(path, dtype, device, kernel)
+        return init_reward_model(path, seed, dtype, device, kernel)
+
+    model, tokenizer = quantised_base(path, settings, progress, load, attention)
+    model.score.float().register_forward_pre_hook(_widened)
     if from_head is not None:
         check_outputs(from_head, "--from-head")
         _warn_of_another_backbone(path, from_head, progress)
@@ -49,6 +64,11 @@ def starting_model(
         with torch.no_grad():
             head.copy_(_head_of(from_head, head.shape))
     return model, tokenizer
+
+
+def _widened(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """States in the dtype of a head that is wider than its frozen backbone; autocast has the last word."""
+    return (inputs[0].to(next(head.parameters()).dtype), *inputs[1:])
 
 
 def is_classifier(path: Path) -> bool:

@@ -18,6 +18,7 @@ __all__ = ["Guards"]
 # One small batch may be cut at the limit by chance; three in a row say that the limit is too low.
 TRUNCATED_STEPS = 3
 ROUNDING = 1e-5  # of a reward, in its own size
+MISMATCH = 0.05  # nats per token between vLLM and the policy; rounding to bf16 gives about a hundredth
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Guards:
     dead_steps: int = 0
     truncated_steps: int = 0
     warned: bool = False
+    mismatched: bool = False
 
     def observe(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Judge the completions of a training step. `step` counts from 1."""
@@ -47,6 +49,13 @@ class Guards:
         if truncated > 0.5 and not self.warned:
             self.warned = True
             self.progress.warn(f"step {step}: {truncated:.0%} of the completions were cut; raise --max-new-tokens")
+        mismatch = abs(metrics.get("vllm_mismatch") or 0.0)
+        if mismatch >= MISMATCH and not self.mismatched:
+            self.mismatched = True
+            self.progress.warn(
+                f"step {step}: vLLM's log-probs differ from the policy's by {mismatch:.2g} nats per token: the samples "
+                "are those of another policy; see gemma2 doctor, or use --engine transformers"
+            )
         if self.dead_steps >= self.max_dead_steps:
             raise GuardStop(
                 f"step {step}: no difference in reward within any group for {self.dead_steps} steps",

@@ -150,7 +150,10 @@ class Rollout:
     def scores(
         self, rows: Sequence[Prompt], pairs: Sequence[Sequence[int]], drawn: Completions
     ) -> Mapping[str, Sequence[float]]:
-        """`reward`: r(x, y) of each completion, penalties included; and its parts."""
+        """`reward`: r(x, y) of each completion, penalties included; and its parts.
+
+        Without autocast: reward models compute in their own dtype, and functions are the user's code.
+        """
         sampled = Sampled(
             rows=[rows[i] for i in drawn.prompt_index],
             prompts=pairs,
@@ -158,7 +161,8 @@ class Rollout:
             texts=[self.chat.decode(ids) for ids in drawn.ids],
             truncated=drawn.truncated,
         )
-        return self.score(sampled)
+        with torch.autocast(self.policy.device.type, enabled=False):
+            return self.score(sampled)
 
     def log_ratios(self, pairs: Sequence[Sequence[int]], drawn: Completions) -> Tensor:
         """log pi(y | x) - log anchor(y | x), (N,) fp32 nats; 0 without an anchor."""

@@ -29,26 +29,30 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
 from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.safetensors_header import printable
+from gemma2.core.progress import Progress
 from gemma2.core.ranks import ALONE, Ranks
 from gemma2.core.secret_text import masked
 from gemma2.posttrain.data.chat import ChatFormat
+from gemma2.posttrain.doctor.vllm_probe import refuse_wrong_attention
 from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
-from gemma2.posttrain.schemas import RlFields, VllmFields
+from gemma2.posttrain.quantisation.convert import quantised_layers
+from gemma2.posttrain.schemas import RlFields, RlhfConfig, VllmFields
 
-__all__ = ["VllmSampler"]
+__all__ = ["VllmSampler", "check_usable", "compare_attention"]
 
 # TRL sets these for vLLM. If they stayed, the next run of this process (WARP) would believe that a launcher started it.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -117,6 +121,8 @@ class VllmSampler:
                 server_base_url=config.vllm_server_url,
                 tensor_parallel_size=config.vllm_tensor_parallel,
                 gpu_memory_utilization=config.vllm_memory,
+                max_model_length=config.vllm_max_model_len,
+                enable_sleep_mode=config.vllm_sleep_mode,
                 max_num_seqs=rows * config.vllm_tensor_parallel,
                 model_impl="vllm",
                 temperature=config.temperature,
@@ -185,9 +191,11 @@ class PlainWeights(VLLMGeneration):  # type: ignore[misc]  # the library is not 
     """TRL's generation, given the weights of a plain model whether or not the policy has adapters."""
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        packed = {f"{name}.weight": layer for name, layer in quantised_layers(cast(nn.Module, self.model))}
         for name, parameter in self.model.named_parameters():
             if ".lora_" not in name and not name.endswith(".base_layer.weight"):
-                yield name.replace(".base_layer.", "."), parameter.data
+                value = packed[name].dequantised() if name in packed else parameter.data
+                yield name.replace(".base_layer.", "."), value
         yield from adapted_weights(self.model)
 
 
@@ -204,6 +212,21 @@ def check_usable(config: VllmFields, device: torch.device, ranks: Ranks) -> None
             f"--vllm-tensor-parallel {config.vllm_tensor_parallel} does not divide the {ranks.size} processes",
             "start a multiple of it with torchrun",
         )
+
+
+def compare_attention(config: RlhfConfig, ranks: Ranks, progress: Progress) -> None:
+    """Run doctor's probe on this machine's vLLM before a model is loaded; a server's vLLM is out of its reach.
+
+    Raises InputError where it drops the soft cap or the window of a Gemma 2.
+    """
+    if config.vllm_mode == "server":
+        progress.note("the server's attention is not compared here: gemma2 serve compares it where it starts")
+        return
+    environment = {name: os.environ.pop(name, None) for name in LAUNCHER}  # the probe is one process
+    try:
+        ranks.on_main(lambda: refuse_wrong_attention(config.policy, import_module("vllm"), progress))
+    finally:
+        _restore(environment)
 
 
 def _restore(environment: Mapping[str, str | None]) -> None:

@@ -47,9 +47,11 @@ from gemma2.posttrain.provenance.version_rule import (
 )
 from gemma2.posttrain.schemas.config import Config
 
+from .accelerator import accelerator_stack, precision_of
 from .live import clear_live
 from .memory_shortage import out_of_memory
 from .run_options import RunOptions, RunResult
+from .together import goes_on_with_any_number
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
 
@@ -174,9 +176,10 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
-def hardware() -> JsonObject:
-    """The kind of machine, without anything that identifies it."""
-    return {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
+def hardware(config: Config) -> JsonObject:
+    """The kind of machine and its accelerator, without anything that identifies it."""
+    machine = {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
+    return {**machine, **accelerator_stack(config)}
 
 
 def check_parents(parents: Sequence[Parent]) -> None:
@@ -210,7 +213,7 @@ def check_unchanged(before: JsonMapping, start: Start, partial: Path) -> None:
     """Raise InputError if configuration, inputs, data or libraries have changed since the run began."""
     changed, allowed = kept_apart(start.command, start.config, before)
     processes = before.get("processes", 1)
-    if processes != start.processes:
+    if processes != start.processes and not goes_on_with_any_number(start.command):
         changed.append(Change("processes", processes, start.processes, by_value=True))
     versions = [] if versions_allowed() else allowed
     if changed or versions:
@@ -294,7 +297,8 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
         "processes": start.processes,
         **({"strategy": start.strategy} if start.strategy else {}),
         **made_with(start.command),
-        "hardware": hardware(),
+        "hardware": hardware(config),
+        **({"precision": precision} if (precision := precision_of(config)) else {}),
         "started": now(),
     }
     held.enter_context(locked(options.out))

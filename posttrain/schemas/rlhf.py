@@ -77,10 +77,10 @@ class RewardFields(CallFields, PrecisionFields):
 
 class VllmFields(Config):
     """The engine that draws the samples of RL. TRL's names are use_vllm, vllm_mode, vllm_server_base_url,
-    vllm_gpu_memory_utilization and vllm_tensor_parallel_size.
+    vllm_gpu_memory_utilization, vllm_tensor_parallel_size, vllm_max_model_length and vllm_enable_sleep_mode.
     """
 
-    INCIDENTAL = frozenset({"vllm_server_url", "vllm_memory"})
+    INCIDENTAL = frozenset({"vllm_server_url", "vllm_memory", "vllm_sleep_mode"})
 
     engine: Literal["transformers", "vllm"] = Field(
         "transformers", description="engine that draws the samples: the built-in sampler, or vLLM, which needs a GPU"
@@ -91,11 +91,18 @@ class VllmFields(Config):
     vllm_server_url: str | None = Field(None, description="vllm server: its address, without /v1")
     vllm_memory: float = Field(0.3, gt=0, lt=1, description="vllm colocate: share of the GPU's memory for vLLM")
     vllm_tensor_parallel: int = Field(1, ge=1, description="vllm colocate: processes that hold one copy of the policy")
+    vllm_max_model_len: int | None = Field(
+        None, ge=2, description="vllm colocate: longest prompt and completion, tokens; default: the model's context"
+    )
+    vllm_sleep_mode: bool = Field(
+        False, description="vllm colocate: give its weights and cache back to the GPU while the policy is updated"
+    )
 
     @model_validator(mode="after")
     def _vllm_options_fit_each_other(self) -> Self:
         server = self.vllm_mode == "server"
         shared = self.vllm_memory != type(self).model_fields["vllm_memory"].default
+        shared = shared or self.vllm_max_model_len is not None or self.vllm_sleep_mode
         given = self.vllm_server_url is not None or server or self.vllm_tensor_parallel > 1 or shared
         if self.engine != "vllm" and given:
             raise ValueError("the options of vLLM are for --engine vllm; give it, or drop them")
@@ -103,7 +110,8 @@ class VllmFields(Config):
             raise ValueError("--vllm-mode server and --vllm-server-url go together; give both, or neither")
         if server and (self.vllm_tensor_parallel > 1 or shared):
             raise ValueError(
-                "--vllm-tensor-parallel and --vllm-memory are for colocate; set them where the server is started"
+                "--vllm-tensor-parallel, --vllm-memory, --vllm-max-model-len and --vllm-sleep-mode are for colocate; "
+                "set them where the server is started"
             )
         if self.vllm_server_url is not None:
             check_address(self.vllm_server_url, "--vllm-server-url")
@@ -126,7 +134,8 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
     )
     lora_anchor: Literal["dense", "factors"] = Field(
         "dense",
-        description="what is averaged for a LoRA policy: W + s B A, exact; or A and B, small but an approximation",
+        description="what is averaged for a LoRA policy: W + s B A, exact; or A and B, small but an approximation; "
+        "with --base-bits the default is factors",
     )
     temperature: float = Field(0.9, gt=0, le=5, description="sampling temperature")
     max_new_tokens: int = Field(256, ge=1, description="completion limit, tokens")
@@ -138,8 +147,26 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
     )
     max_dead_steps: int = Field(50, ge=1, description="stop after this many steps without any difference in reward")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_bits_keep_a_small_anchor(cls, values: object) -> object:
+        """Fill in the anchor of a quantised base: a dense one has its matrices in fp32, 8 times the base's 4 bits."""
+        if not isinstance(values, dict) or values.get("lora_anchor") is not None or not values.get("base_bits"):
+            return values
+        averaged = values.get("anchor", "ema") == "ema" and values.get("anchor_memory", "gpu") == "gpu"
+        return (
+            values | {"lora_anchor": "factors"}
+            if averaged and values.get("lora_rank") not in (None, 0, "0")
+            else values
+        )
+
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> RlFields:
+        if self.vllm_max_model_len is not None and self.vllm_max_model_len <= self.max_new_tokens:
+            raise ValueError(
+                f"vllm_max_model_len {self.vllm_max_model_len} leaves no room for a prompt before max_new_tokens "
+                f"{self.max_new_tokens}; raise it, or lower max_new_tokens"
+            )
         if self.lora_dropout > 0:
             raise ValueError("lora_dropout would train a different policy from the one that sampled; leave it at 0")
         if self.anchor_memory == "cpu" and (self.anchor != "ema" or self.lora_anchor == "factors"):

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.adapters.frozen_base import check_base, load_trained
+from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, Overlong, example_of, report_overlong, tokenise
@@ -26,14 +29,8 @@ from gemma2.posttrain.data.mixture import Mixture
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, located, split
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.models.loading import (
-    default_device,
-    load_policy,
-    load_tokenizer,
-    quiet_libraries,
-    save_model,
-)
-from gemma2.posttrain.models.lora import merged, save_adapter
+from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries, save_model
+from gemma2.posttrain.models.lora import merged, plain_model, save_adapter
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import SftConfig
@@ -68,11 +65,12 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
     quiet_libraries()
     accumulation = accumulation_steps(config.batch_size, config.micro_batch_size)
     check_tracking(config.report_to)
+    check_base(config)
     with open_run("sft", config, options) as run:
         run.origin["attention"] = settle_attention(
             config.attention, [config.model], progress, device=default_device(), learns=True, packed=config.packing
         )
-        model, tokenizer = load_policy(config.model, attention=config.attention)
+        model, tokenizer = load_trained(config.model, config, progress, config.attention)
         chat = ChatFormat(tokenizer, model.generation_config)
         reading = Reading(config)
         rows = read_rows(config, chat, reading, progress)
@@ -95,6 +93,9 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
         evaluation.keep_best(trainer.model)
         figures = {"steps": trainer.state.global_step} | callback.summary(trainer.model)
         write_model(trainer.model, tokenizer, chat, config, run)
+        if config.lora_output == "merged" and config.base_bits:
+            some = [example.ids for example in rows.heldout or rows.examples]
+            figures |= policy_difference(trainer.model, run.path, some, progress, trainer.args.bf16)
         return run.finish(figures | counts(rows, mixture, config) | unread | evaluation.summary(progress))
 
 
@@ -168,9 +169,11 @@ def write_model(model: CausalLM, tokenizer: Tokenizer, chat: ChatFormat, config:
     if config.lora_output == "adapter":
         save_adapter(model, tokenizer, run.path)
         return
-    model = merged(model)
-    model.generation_config.eos_token_id = chat.stop_ids
-    save_model(model, tokenizer, run.path)
+    plain_model(model).generation_config.eos_token_id = chat.stop_ids
+    if is_rounded(model):
+        write_merged(model, products_of(model), config.model, tokenizer, run.path)
+    else:
+        save_model(merged(model), tokenizer, run.path)
 
 
 def show_tokens(config: SftConfig, count: int) -> list[JsonObject]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from gemma2.core.rounding import relative_change
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
+from gemma2.posttrain.quantisation.quantised_linear import dequantised
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -63,4 +64,4 @@ def _products(model: Network) -> Iterator[tuple[float, float]]:
         if hasattr(module, "lora_A"):
             layer: LoraLayer = module
             (adapter,) = layer.active_adapters
-            yield _square(layer.get_delta_weight(adapter)), _square(layer.get_base_layer().weight)
+            yield _square(layer.get_delta_weight(adapter)), _square(dequantised(layer.get_base_layer()))

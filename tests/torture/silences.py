@@ -316,7 +316,7 @@ def fresh_head(patch: Patch) -> None:
 
 @silence("teacher is the student", distilled, "the teacher gives the distributions of the student")
 def teacher_is_student(patch: Patch) -> None:
-    def student(original, path, dtype):
-        return original(path.with_name("model"), dtype)
+    def student(original, path, *options):
+        return original(path.with_name("model"), *options)
 
     wrap(patch, distill, "load_teacher", student)

@@ -547,6 +547,25 @@ def test_a_run_without_reward_variance_stops_after_so_many_steps():
         watch.observe(6, metrics(reward_std_in_group=0.0))
 
 
+def test_a_mismatch_with_vllm_is_warned_of_once_from_a_twentieth_of_a_nat():
+    class Warned:
+        def __init__(self):
+            self.lines = []
+
+        def warn(self, text):
+            self.lines.append(text)
+
+    heard = Warned()
+    watch = Guards(heard, None, 50)
+    watch.observe(2, metrics(vllm_mismatch=0.049))
+    watch.observe(3, metrics(vllm_mismatch=None))
+    assert heard.lines == []
+    watch.observe(4, metrics(vllm_mismatch=-0.05))
+    watch.observe(5, metrics(vllm_mismatch=0.3))
+    (line,) = heard.lines
+    assert line.startswith("step 4: vLLM's log-probs differ from the policy's by 0.05 nats per token")
+
+
 def test_steps_in_which_every_completion_is_cut_stop_the_run():
     watch = guards()
     watch.observe(1, metrics(truncated=1.0))

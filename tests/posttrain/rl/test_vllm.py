@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import sys
 import types
 
 import fake_vllm
@@ -59,7 +60,7 @@ def model_dir(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def engine(monkeypatch, model_dir):
+def engine(monkeypatch, model_dir, tmp_path):
     """The stand-in where TRL looks for vLLM, and a device that passes for a GPU."""
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(trl_vllm, "LLM", fake_vllm.LLM, raising=False)
@@ -68,6 +69,8 @@ def engine(monkeypatch, model_dir):
     monkeypatch.setattr(fake_vllm.Client, "model", str(model_dir))
     for module in (trl_vllm, vllm):
         monkeypatch.setattr(module, "is_vllm_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm.module())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in vllm.LAUNCHER:  # TRL sets them for good
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -314,6 +317,9 @@ def test_what_cannot_start_is_one_line(model_dir, engine, monkeypatch, tmp_path)
         ({"vllm_mode": "server"}, "go together"),
         ({"vllm_server_url": URL}, "go together"),
         ({"vllm_mode": "server", "vllm_server_url": URL, "vllm_tensor_parallel": 2}, "are for colocate"),
+        ({"vllm_mode": "server", "vllm_server_url": URL, "vllm_max_model_len": 64}, "are for colocate"),
+        ({"vllm_mode": "server", "vllm_server_url": URL, "vllm_sleep_mode": True}, "are for colocate"),
+        ({"engine": "transformers", "vllm_sleep_mode": True}, "are for --engine vllm"),
         ({"vllm_mode": "server", "vllm_server_url": "http://me:secret@host"}, "--vllm-server-url holds credentials"),
         ({"vllm_mode": "server", "vllm_server_url": "host:8000"}, "not an http address"),
     ],
@@ -321,6 +327,60 @@ def test_what_cannot_start_is_one_line(model_dir, engine, monkeypatch, tmp_path)
 def test_options_that_do_not_fit_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         VllmFields(**({"engine": "vllm"} | fields))
+
+
+def test_vllm_sleeps_between_draws_and_gets_the_weights_again(model_dir, engine):
+    awake = drawn(started(model_dir, engine, seed=3))
+    sampler = started(model_dir, engine, Drawing(vllm_sleep_mode=True, vllm_max_model_len=64), seed=3)
+    llm = fake_vllm.LLM.made[-1]
+    assert (llm.kwargs["max_model_len"], llm.asleep) == (64, {"weights", "kv_cache"})
+    assert drawn(sampler).ids == awake.ids
+    assert llm.asleep == {"weights", "kv_cache"}
+    assert sampler.draw(PROMPTS, N).ids  # an evaluation, without a step in between: the weights went there again
+    assert llm.slept == 3
+    assert sampler.mismatch == pytest.approx(0, abs=1e-5)
+
+
+def test_a_context_without_room_for_a_prompt_is_refused(model_dir):
+    paths = {"policy": model_dir, "prompts": model_dir, "reward_fn": "a:b"}
+    with pytest.raises(ValueError, match="leaves no room for a prompt before max_new_tokens 64"):
+        RlhfConfig(engine="vllm", vllm_max_model_len=64, max_new_tokens=64, **paths)
+    RlhfConfig(engine="vllm", vllm_max_model_len=65, max_new_tokens=64, **paths)
+
+
+class Lines:
+    """A progress that keeps its notes."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_a_vllm_without_the_soft_cap_is_refused_before_a_model_is_loaded(model_dir, engine, monkeypatch):
+    def without_cap(network):
+        for layer in network.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(fake_vllm.LLM, "drops", staticmethod(without_cap))
+    config = RlhfConfig(policy=model_dir, prompts=model_dir, reward_fn="a:b", engine="vllm")
+    with pytest.raises(InputError, match="computes this model without the soft cap of attention"):
+        vllm.compare_attention(config, Ranks(), Lines())
+    assert os.environ["WORLD_SIZE"] == "2"
+    monkeypatch.setattr(fake_vllm.LLM, "drops", staticmethod(lambda network: None))
+    heard = Lines()
+    vllm.compare_attention(config, Ranks(), heard)
+    assert heard.notes == ["comparing the attention of vLLM 0.10.2 with eager attention, once"]
+
+
+def test_the_attention_of_a_server_is_not_compared_and_this_is_said(model_dir, engine):
+    heard = Lines()
+    where = {"engine": "vllm", "vllm_mode": "server", "vllm_server_url": URL}
+    vllm.compare_attention(RlhfConfig(policy=model_dir, prompts=model_dir, reward_fn="a:b", **where), Ranks(), heard)
+    assert fake_vllm.LLM.made == []
+    assert "not compared here" in heard.notes[0]
 
 
 # --- the contract with TRL 1.16 -------------------------------------------------------------------------------------

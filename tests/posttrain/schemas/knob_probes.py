@@ -268,7 +268,9 @@ def paired(config: Any, room: Room) -> object:
     with (
         patch.dict("os.environ", {"OPENAI_API_KEY": KEY, "VLLM_API_KEY": "sk-other", "OPENAI_BASE_URL": room.url}),
         light_runs(pairs, room),
-        patch.object(pairs.SamplerEngine, "load", lambda *given: (loaded.append(seen(given)), Engine())[1]),
+        patch.object(
+            pairs.SamplerEngine, "load", lambda *given, **more: (loaded.append(seen([given, more])), Engine())[1]
+        ),
     ):
         made = outcome(lambda: written(pairs.run_pairs(config, room.out())))
     return made, loaded, asked(room)
@@ -381,8 +383,8 @@ def reward_models() -> Iterator[None]:
     """Reward models that are not read: one that is named 'a/b' gives a score of its own."""
     from gemma2.posttrain.rewards import terms
 
-    def model(path: object, dtype: object) -> object:
-        given = sum(map(ord, f"{path} {dtype}"))
+    def model(path: object, dtype: object, attention: str) -> object:
+        given = sum(map(ord, f"{path} {dtype} {attention}"))
 
         def score(prompts: object, completions: list[list[int]], batch_size: int) -> Any:
             import torch
@@ -393,7 +395,9 @@ def reward_models() -> Iterator[None]:
 
     with (
         patch.object(terms.RewardModel, "from_dir", model),
-        patch.object(terms, "averaged_reward_model", lambda paths, dtype: model([*paths, "average"], dtype)),
+        patch.object(
+            terms, "averaged_reward_model", lambda paths, dtype, kernel: model([*paths, "average"], dtype, kernel)
+        ),
     ):
         yield
 
@@ -424,8 +428,8 @@ def evaluated(config: Any, room: Room) -> object:
 
     loaded: list[object] = []
 
-    def load(path: Path, dtype: object) -> tuple[Any, None]:
-        loaded.append((str(path), dtype))
+    def load(path: Path, dtype: object, attention: str) -> tuple[Any, None]:
+        loaded.append((str(path), dtype, attention))
         return SimpleNamespace(name=str(path), generation_config=None), None
 
     with (
@@ -446,8 +450,8 @@ def bench(config: Any, room: Room) -> object:
     """The prompts, models and settings of `gemma2 pareto`."""
     from gemma2.posttrain.evaluation import candidates, pareto
 
-    def load(path: Path, dtype: object) -> tuple[Any, None]:
-        return SimpleNamespace(name=f"{path} {dtype}", generation_config=None), None
+    def load(path: Path, dtype: object, attention: str) -> tuple[Any, None]:
+        return SimpleNamespace(name=f"{path} {dtype} {attention}", generation_config=None), None
 
     with (
         patch.object(pareto, "load_policy", load),
@@ -497,6 +501,7 @@ def rl_data(config: Any, room: Room) -> object:
 
 def rl_run(config: Any, room: Room) -> object:
     """What `gemma2 rlhf` sets up before the first step, in calls of the functions that build it."""
+    from gemma2.posttrain.adapters import frozen_base
     from gemma2.posttrain.rl import rlhf, setup
 
     calls: list[object] = []
@@ -509,6 +514,7 @@ def rl_run(config: Any, room: Room) -> object:
     with (
         patch.object(rlhf, "open_run", note("parents", nothing(open_run(room)))),
         patch.object(setup, "load_policy", note("load", (network, None))),
+        patch.object(frozen_base, "load_policy", note("load", (network, None))),
         patch.object(setup, "check_targets"),
         patch.object(setup, "sharing_copy", lambda policy: network),
         patch.object(setup, "check_same_vocabulary"),
@@ -521,6 +527,7 @@ def rl_run(config: Any, room: Room) -> object:
         patch.object(rlhf, "Guards", note("guards", None)),
         patch.object(rlhf, "AnchoredRlooTrainer", note("trainer", trainer)),
         patch.object(rlhf, "check_usable", note("vllm is needed", None)),
+        patch.object(rlhf, "compare_attention", note("vllm's attention", None)),
         patch.object(rlhf, "drawing", side_effect=Reached),
         patch.object(rlhf.transformers, "set_seed", note("seed", None)),
     ):
@@ -697,8 +704,9 @@ def scored_rows(config: Any, room: Room) -> object:
         given.append([model.name, longest, batch_size])  # type: ignore[attr-defined]
         return [[0.5] * len(one.columns) for one in chunk]
 
-    def load(path: Path, dtype: object) -> object:
-        return SimpleNamespace(name=f"{path} {dtype}", tokenizer=None, model=SimpleNamespace(config=SimpleNamespace()))
+    def load(path: Path, dtype: object, attention: str) -> object:
+        name = f"{path} {dtype} {attention}"
+        return SimpleNamespace(name=name, tokenizer=None, model=SimpleNamespace(config=SimpleNamespace()))
 
     with (
         patch.object(score.RewardModel, "from_dir", load),
@@ -716,6 +724,7 @@ class LightRun:
 
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / ".checkpoints"
+        self.origin: dict[str, object] = {}
         path.mkdir()
 
     def finish(self, summary: dict[str, Any]) -> object:
