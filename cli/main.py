@@ -26,6 +26,7 @@ __all__ = ["main"]
 # Class of an error -> its kind in the object of --json, the most specific first.
 KINDS = {
     "UsageError": "usage",
+    "PeerLost": "lost",
     "InputError": "input",
     "OutputError": "output",
     "OutOfMemory": "system",
@@ -123,7 +124,7 @@ def run(arguments: list[str]) -> int:
             raise
         what, _, fix = line.partition("; ")
         if lost_connection(error) and is_launched():
-            leave_word(LastWord("lost", 1, "InputError", what, fix))
+            leave_word(LastWord("lost", 1, "PeerLost", what, fix))
             return 1  # the command that has started this process knows which one is gone, and why
         leave_word(LastWord("error", 1, "Gemma2Error", what, fix))
         _say_as_json(arguments, "system", 1, what, fix, str(getattr(error, "filename", None) or ""))

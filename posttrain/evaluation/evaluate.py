@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -49,6 +49,7 @@ from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
 from gemma2.posttrain.runs.together import together
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig
+from gemma2.posttrain.sharding.lending import is_lent, opened, opened_heads
 
 from .intervals import confidence_interval
 
@@ -164,8 +165,11 @@ def measure(
             uniforms = random_numbers(len(chunk) * params.n, params, generator)
             own = settings.ranks.share(len(chunk))
             uniforms = uniforms[own.start * params.n : own.stop * params.n]
-            sampled = _drawn(model, chat, chunk[own], uniforms, settings)
-            parts.append((sampled, _values(model, reference, sampled, scores, settings)) if sampled else None)
+            with opened(model):
+                sampled = _drawn(model, chat, chunk[own], uniforms, settings)
+            asked = sampled.rows or is_lent(model)  # then every process opens every model, if need be without a row
+            values = _values(model, reference, sampled, scores, settings) if asked else {}
+            parts.append((sampled, values) if sampled.rows else None)
             task.advance(len(chunk))
     of_every_chunk = zip(*settings.ranks.gather(parts), strict=True)
     return _collect([part for parts in of_every_chunk for part in parts if part is not None], settings)
@@ -178,10 +182,8 @@ def _pad_id(chat: ChatFormat) -> int:
 
 def _drawn(
     model: CausalLM, chat: ChatFormat, rows: Sequence[Prompt], uniforms: Tensor, settings: MeasureSettings
-) -> Sampled | None:
-    """Completions of the rows with these random numbers; None beyond the last row."""
-    if not rows:
-        return None
+) -> Sampled:
+    """Completions of the rows with these random numbers."""
     params, size = settings.sampling, settings.batch_size
     prompts = [chat.prompt_ids(row.messages) for row in rows]
     drawn = sample(model, prompts, params, chat.stop_ids, _pad_id(chat), None, size, uniforms)
@@ -278,26 +280,40 @@ def sequence_kl(
     kl = torch.zeros(len(completions), dtype=torch.float64)
     if model is reference:
         return kl
-    batches = zip(
-        hidden_states(model, prompts, completions, batch_size),
-        hidden_states(reference, prompts, completions, batch_size),
-        strict=True,
-    )
+    batches = [_predicting_states(each, prompts, completions, batch_size) for each in (model, reference)]
     size = max(1, CHUNK // int(model.config.vocab_size))
-    for (batch, own), (_, other) in batches:
-        starts = [len(prompts[i]) - 1 for i in batch]  # the state at position t predicts token t + 1
-        lengths = [len(completions[i]) for i in batch]
-        pairs = zip(
-            _predicting(own, starts, lengths).split(size), _predicting(other, starts, lengths).split(size), strict=True
-        )
-        per_token = torch.cat(
-            [
-                _token_kl(head_logits(model, left) / temperature, head_logits(reference, right) / temperature)
-                for left, right in pairs
-            ]
-        )
-        kl[batch] = torch.stack([values.sum() for values in per_token.cpu().split(lengths)])
+    with opened_heads(model, reference):
+        for (batch, own), (_, other) in zip(*batches, strict=True):
+            pairs = zip(own.split(size), other.split(size), strict=True)
+            per_token = torch.cat(
+                [
+                    _token_kl(head_logits(model, left) / temperature, head_logits(reference, right) / temperature)
+                    for left, right in pairs
+                ]
+            )
+            lengths = [len(completions[i]) for i in batch]
+            kl[batch] = torch.stack([values.sum() for values in per_token.cpu().split(lengths)])
     return kl
+
+
+def _predicting_states(
+    model: CausalLM, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
+) -> Iterable[tuple[list[int], Tensor]]:
+    """(indices, the states (K, d) that predict their completion tokens) of every batch; of a lent model all at once, so
+    that whole models take the memory one after another, and only heads together.
+    """
+    if not is_lent(model):
+        return _states_of_batches(model, prompts, completions, batch_size)
+    with opened(model):
+        return list(_states_of_batches(model, prompts, completions, batch_size))
+
+
+def _states_of_batches(
+    model: CausalLM, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    for batch, hidden in hidden_states(model, prompts, completions, batch_size):
+        starts = [len(prompts[i]) - 1 for i in batch]  # the state at position t predicts token t + 1
+        yield batch, _predicting(hidden, starts, [len(completions[i]) for i in batch])
 
 
 def _predicting(hidden: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from .attention import layer_masks
 from .decoder_blocks import ACTIVATIONS, Layer, Norm
 from .head import HALF, states_of_head, wide_linear
-from .lora import adapters_are_products
+from .lora import adapters_are_products, plain_class
 from .protocols import CausalLM
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class StepDecoder:
         Linear layers may have LoRA adapters; the decoder works on copies of the weights with their products added.
         """
         return (
-            type(model) in FAMILIES
+            plain_class(model) in FAMILIES
             and _activation(model.config) in ACTIVATIONS
             and model.config.rope_parameters.get("rope_type") in ROTATIONS
             and adapters_are_products(model)

@@ -7,12 +7,13 @@ The output is the plain model with the products added to its weights, or the ada
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.data.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ __all__ = [
     "lora_config",
     "merged",
     "merged_copy",
+    "plain_class",
     "plain_model",
     "save_adapter",
     "sharing_copy",
@@ -96,6 +98,14 @@ def plain_model(model: N) -> N:
     """Return the model inside peft's wrapper; its layers include the adapters."""
     plain: N = model.get_base_model() if hasattr(model, "get_base_model") else model
     return plain
+
+
+def plain_class(model: object) -> type:
+    """The class of a model as it was before its weights were divided, which puts a subclass in its place."""
+    kind = type(model)
+    if not isinstance(model, FSDPModule):
+        return kind
+    return next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
 
 
 def adapted_weights(model: Network) -> Iterator[tuple[str, Tensor]]:
@@ -198,9 +208,11 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     return linear
 
 
-def save_adapter(model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path) -> None:
-    """Write the adapter in peft's layout, and the tokenizer it was trained with."""
-    model.save_pretrained(directory)
+def save_adapter(
+    model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the adapter in peft's layout, and its tokenizer. state: its tensors by name; default: those of `model`."""
+    model.save_pretrained(directory, **({} if state is None else {"state_dict": dict(state)}))
     save_tokenizer(tokenizer, directory)
     open_to_readers(directory)
     (directory / "README.md").unlink(missing_ok=True)  # peft's model card, an empty form

@@ -81,8 +81,10 @@ def memory_of(config: Config, shapes: Sizes, place: MemoryPlace, lengths: Length
 
 
 def processes_of(config: Config) -> int:
-    """Return the number of processes that the flags ask for; the stages of WARP are one each."""
-    if not isinstance(config, LaunchFields) or isinstance(config, WarpConfig):
+    """Return the number of processes that the flags ask for, of WARP those of one RL run."""
+    if isinstance(config, WarpConfig):
+        return (config.gpus_per_policy or 1) * config.nodes
+    if not isinstance(config, LaunchFields):
         return 1
     return (config.gpus or 1) * config.nodes
 

@@ -43,6 +43,7 @@ from gemma2.posttrain.quantisation.quantised_linear import dequantised
 __all__ = ["EmaAnchor", "FactorAnchor", "LoraAnchor"]
 
 Memory = Literal["gpu", "cpu"]
+Theta = Iterator[tuple[str, Tensor]]
 
 
 class EmaAnchor:
@@ -61,7 +62,7 @@ class EmaAnchor:
             self.model = self.model.bfloat16()
         self.shadow: dict[str, Tensor] = averaged  # fp32 parameters by name, tied ones once
 
-    def theta(self, policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    def theta(self, policy: CausalLM) -> Theta:
         """(name, current value) of every averaged parameter."""
         for name, parameter in policy.named_parameters():
             yield name, parameter.data
@@ -137,7 +138,7 @@ class LoraAnchor(EmaAnchor):
         adapted = [name for name, _ in adapted_weights(policy)]
         self._begin(copy.deepcopy(model) if memory == "cpu" else model, adapted, memory)
 
-    def theta(self, policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    def theta(self, policy: CausalLM) -> Theta:
         yield from adapted_weights(policy)
 
     def products(self) -> Products:
@@ -162,7 +163,7 @@ class FactorAnchor(EmaAnchor):
         frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
         self._begin(copy.deepcopy(policy, frozen), [name for name, _ in self.theta(policy)], "gpu")
 
-    def theta(self, policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    def theta(self, policy: CausalLM) -> Theta:
         for name, parameter in policy.named_parameters():
             if "lora_" in name:
                 yield name, parameter.data

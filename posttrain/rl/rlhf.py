@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from trl import RLOOConfig
 
@@ -26,7 +27,7 @@ from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.core.progress import SILENT, Progress
-from gemma2.core.ranks import Ranks, join
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.adapters.frozen_base import check_base
 from gemma2.posttrain.adapters.merged_output import Products, is_rounded, products_of, write_merged
 from gemma2.posttrain.adapters.output_difference import policy_difference
@@ -42,6 +43,8 @@ from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
+from gemma2.posttrain.sharding.placement import placed
+from gemma2.posttrain.training.sharded_trainer import hand_over
 from gemma2.posttrain.training.trainer import (
     PeriodicEvaluation,
     RunCallback,
@@ -57,6 +60,7 @@ from .first_rollouts import FirstAnchors
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
 from .setup import RlSetup, make_anchor, prepare
+from .sharded_output import save_shards
 from .vllm import VllmSampler, check_usable, compare_attention
 
 __all__ = ["run_rlhf"]
@@ -74,48 +78,73 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop when a guard fires.
     """
     quiet_libraries()
-    ranks = join("rlhf")
-    if not ranks.is_main:
-        progress = SILENT
+    placement, progress = placed("rlhf", config, progress)
+    ranks = placement.ranks
+    if placement.divides:
+        check_divisible(config)
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
         compare_attention(config, ranks, progress)
     check_base(config)
-    with open_run("rlhf", config, options, ranks=ranks) as run:
+    with open_run("rlhf", config, options, ranks=ranks, strategy=placement.strategy) as run:
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
         run.origin["attention"] = settle_attention(
             config.attention, [config.policy, *config.reward], progress, device=default_device(), learns=True
         )
-        setup = prepare(config, prompts, micro, ranks, progress)
+        setup = prepare(config, prompts, micro, placement, progress)
         setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)
         heldout = reading.renderable(heldout, setup.rollout.chat)
         unread = reading.report(progress, run.path if ranks.is_main else None)
         warn_of_other_tokens(config, progress)
-        arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro))
-        rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu"
+        handed = {} if setup.sharded is None else hand_over(setup.trained)
+        arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro) | handed)
+        rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu" or computes_in_half(setup)
         tolerance = TOLERANCE_BF16 if rounded else TOLERANCE_FP32
         starts_at_anchor = tolerance if setup.starts_at_anchor else None
         guards = Guards(progress, config.max_kl, config.max_dead_steps, starts_at_anchor)
         transformers.set_seed(config.seed)  # of the adapters' first values
-        trainer = AnchoredRlooTrainer(setup.rollout, None, arguments, guards, lora_config(config, "CAUSAL_LM"))
+        trainer = make_trainer(config, setup, arguments, guards)
         callback = RunCallback(run, progress, "RL", SHOWN)
         trainer.add_callback(callback)
         if config.anchor == "ema":
-            trainer.follow(make_anchor(config, setup), config.mu)
-        trainer.add_callback(
-            FirstAnchors(setup.rollout.policy, setup.reference, trainer.anchor, setup.rollout.anchor, config.mu)
-        )
+            trainer.follow(make_anchor(config, setup), config.mu, config.ema_every)
+        rate = config.mu, config.ema_every
+        trainer.add_callback(FirstAnchors(trainer.trained, setup.reference, trainer.anchor, setup.rollout.anchor, rate))
         evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config))
         trainer.add_callback(evaluation)
         with drawing(config, trainer, ranks):
             train(trainer, run, callback, lambda: trainer.has_signal)
         figures = callback.summary(trainer.model)
-        if ranks.is_main:
+        if setup.sharded is not None:
+            save_shards(trainer, setup, config, run)
+        elif ranks.is_main:
             save(trainer, setup, config, run)
             figures |= difference(trainer, setup, config, run, progress)
         return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
+
+
+def check_divisible(config: RlhfConfig) -> None:
+    """Raise UsageError for options of models that each process holds as a whole."""
+    for flag, given in (("--anchor-memory", config.anchor_memory == "cpu"), ("--base-bits", config.base_bits)):
+        if given:
+            raise UsageError(
+                f"{flag} is for models that each process holds as a whole; --strategy fsdp divides them",
+                f"leave {flag} out, or give --strategy ddp",
+            )
+
+
+def make_trainer(config: RlhfConfig, setup: RlSetup, arguments: RLOOConfig, guards: Guards) -> AnchoredRlooTrainer:
+    """The trainer of the policy. A sharded one has its adapters already, another gets them here."""
+    if setup.sharded is not None:
+        return AnchoredRlooTrainer(setup.rollout, None, arguments, guards, None, setup.trained)
+    return AnchoredRlooTrainer(setup.rollout, None, arguments, guards, lora_config(config, "CAUSAL_LM"))
+
+
+def computes_in_half(setup: RlSetup) -> bool:
+    """Whether the products of a sharded policy are in half precision."""
+    return setup.sharded is not None and setup.sharded.compute != torch.float32
 
 
 def warn_of_other_tokens(config: RlhfConfig, progress: Progress) -> None:
@@ -250,11 +279,15 @@ class PolicyEvaluation(PeriodicEvaluation):
         rollout, config = self.setup.rollout, self.config
         params = SamplingParams(config.max_new_tokens, config.temperature)
         settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
+        seen = f"step {step}: the policy on held-out prompts"
+        if (parts := self.setup.sharded) is not None:  # lent the weights in this form
+            with measuring(parts.measured, seen):
+                return measure(parts.measured, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
         dtype = frozen_dtype(config.dtype)
         with (
             trained_weights(rollout.policy, self.setup.base, dtype) as policy,
             as_loaded(self.setup.reference, dtype) as reference,
-            measuring(self.watched(policy), f"step {step}: the policy on held-out prompts"),
+            measuring(self.watched(policy), seen),
         ):
             return measure(policy, reference, rollout.chat, self.rows, [rollout.score], settings)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from gemma2.core import ranks
-from gemma2.core.errors import GuardStop, InputError, UsageError
+from gemma2.core.errors import GuardStop, InputError, PeerLost, UsageError
 from gemma2.core.ranks import FOLDER
 from gemma2.posttrain.launch import launcher
 from gemma2.posttrain.launch.launcher import ProcessEnd, Processes, run_processes
@@ -117,7 +117,7 @@ def test_a_process_that_was_killed_is_named_with_its_signal(run, capfd, works):
 
 
 def test_a_connection_that_is_lost_for_no_reason_on_this_machine_is_one_line(run, capfd):
-    with pytest.raises(InputError, match=r"rank 0: another process of the job is gone .*Connection closed by peer"):
+    with pytest.raises(PeerLost, match=r"rank 0: another process of the job is gone .*Connection closed by peer"):
         run("lost", "sleep")
     assert capfd.readouterr().err == ""
 
