@@ -44,7 +44,7 @@ COMMANDS = {
     "pareto": f"pareto --sft policy --policies b --merged b --etas 0.5 --prompts prompts.jsonl --reward rm {DRAWN} "
     "--out front",
     "chat": "chat policy -p hello --seed 0",
-    "doctor": "doctor --deep policy --only loss",  # `attention` would compile its back ends for the device
+    "doctor": "doctor --deep policy --only loss,attention",
 }
 
 
@@ -97,3 +97,56 @@ def test_a_tensor_that_was_left_on_the_host_is_noticed(world):
     planted = run(world, {"planted": line}, GEMMA2_PLANTED="1")["planted"]
     assert planted["code"] == -1
     assert "Expected all tensors to be on the same device" in planted["said"]
+
+
+# --- attention kernels ------------------------------------------------------------------------------------------------
+
+KERNELS = {
+    "sft": f"sft --model policy --data rows.jsonl --out sft {TRAINED}",
+    "reward": f"reward --model policy --data pairs.jsonl --out reward {TRAINED}",
+    "reward score": "reward score rm --data pairs.jsonl --out scored",
+    "distill": COMMANDS["distill"],
+    "rlhf": f"rlhf --policy policy {ROLLED} --out rl",
+    "pareto": COMMANDS["pareto"],
+}
+
+
+def kernels_of(world, name):
+    """What the manifest of a command says about attention: the kernels of its models, and their checks."""
+    out = KERNELS[name].rpartition("--out ")[2].split()[0]
+    models = json.loads((world / out / "manifest.json").read_text())["attention"]["models"].values()
+    return {record["kernel"] for record in models}, [check for record in models for check in record["checks"]]
+
+
+def fresh(world, lines):
+    return {name: f"{line} --force" for name, line in lines.items()}
+
+
+@pytest.fixture(scope="module")
+def with_flex(world, found):
+    return run(world, fresh(world, KERNELS), GEMMA2_KERNEL="flex")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_command_takes_flex_attention_where_it_is_right(name, world, with_flex):
+    assert with_flex[name]["code"] == 0, with_flex[name]["said"]
+    kernels, checks = kernels_of(world, name)
+    assert kernels == {"flex_attention"}
+    assert all(check["states"] <= check["limit"] for check in checks)
+
+
+def test_the_check_is_said_once_in_a_process(with_flex):
+    """The commands share a process here: what was decided for an architecture stays."""
+    assert "attention: flex_attention, off eager attention by" in with_flex["sft"]["said"]
+
+
+def test_a_kernel_that_lost_the_soft_cap_is_not_taken_and_not_run(world, found):
+    line = {"sft": KERNELS["sft"]}
+    said = run(world, fresh(world, line), GEMMA2_KERNEL="uncapped")["sft"]
+    assert said["code"] == 0
+    assert "attention: eager; flex_attention is off eager attention" in " ".join(said["said"].split())
+    assert kernels_of(world, "sft")[0] == {"eager"}
+    asked = {"sft": f"{KERNELS['sft']} --force --attention flex_attention"}
+    refused = run(world, asked, GEMMA2_KERNEL="uncapped")["sft"]
+    assert refused["code"] == 2
+    assert "without the soft cap" in " ".join(refused["said"].split())
