@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from rl_job import write_job
 
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.tiny.networks import save_random
 
 pytestmark = pytest.mark.long
@@ -101,36 +103,29 @@ def test_a_tensor_that_was_left_on_the_host_is_noticed(world):
 
 # --- attention kernels ------------------------------------------------------------------------------------------------
 
-KERNELS = {
-    "sft": f"sft --model policy --data rows.jsonl --out sft {TRAINED}",
-    "reward": f"reward --model policy --data pairs.jsonl --out reward {TRAINED}",
-    "reward score": "reward score rm --data pairs.jsonl --out scored",
-    "distill": COMMANDS["distill"],
-    "rlhf": f"rlhf --policy policy {ROLLED} --out rl",
-    "pareto": COMMANDS["pareto"],
-}
+KERNELS = ("sft", "reward", "reward score", "distill", "rlhf", "pareto")
 
 
-def kernels_of(world, name):
-    """What the manifest of a command says about attention: the kernels of its models, and their checks."""
-    out = KERNELS[name].rpartition("--out ")[2].split()[0]
-    models = json.loads((world / out / "manifest.json").read_text())["attention"]["models"].values()
+def kernels_of(out):
+    """What a manifest says about attention: the kernels of its models, and their checks."""
+    models = (read_manifest(out) or {})["attention"]["models"].values()
     return {record["kernel"] for record in models}, [check for record in models for check in record["checks"]]
 
 
-def fresh(world, lines):
-    return {name: f"{line} --force" for name, line in lines.items()}
+def moved(name, folder, more=""):
+    """A command line of above whose output is elsewhere."""
+    return re.sub(r"--out \S+", f"--out {folder}/{name.replace(' ', '-')}", COMMANDS[name]) + more
 
 
 @pytest.fixture(scope="module")
-def with_flex(world, found):
-    return run(world, fresh(world, KERNELS), GEMMA2_KERNEL="flex")
+def with_flex(world):
+    return run(world, {name: moved(name, "flex") for name in KERNELS}, GEMMA2_KERNEL="flex")
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_command_takes_flex_attention_where_it_is_right(name, world, with_flex):
     assert with_flex[name]["code"] == 0, with_flex[name]["said"]
-    kernels, checks = kernels_of(world, name)
+    kernels, checks = kernels_of(world / "flex" / name.replace(" ", "-"))
     assert kernels == {"flex_attention"}
     assert all(check["states"] <= check["limit"] for check in checks)
 
@@ -140,13 +135,13 @@ def test_the_check_is_said_once_in_a_process(with_flex):
     assert "attention: flex_attention, off eager attention by" in with_flex["sft"]["said"]
 
 
-def test_a_kernel_that_lost_the_soft_cap_is_not_taken_and_not_run(world, found):
-    line = {"sft": KERNELS["sft"]}
-    said = run(world, fresh(world, line), GEMMA2_KERNEL="uncapped")["sft"]
-    assert said["code"] == 0
-    assert "attention: eager; flex_attention is off eager attention" in " ".join(said["said"].split())
-    assert kernels_of(world, "sft")[0] == {"eager"}
-    asked = {"sft": f"{KERNELS['sft']} --force --attention flex_attention"}
-    refused = run(world, asked, GEMMA2_KERNEL="uncapped")["sft"]
-    assert refused["code"] == 2
-    assert "without the soft cap" in " ".join(refused["said"].split())
+def test_a_kernel_that_lost_the_soft_cap_is_not_taken_and_not_run(world):
+    lines = {"auto": moved("sft", "uncapped"), "asked": moved("sft", "asked", " --attention flex_attention")}
+    done = run(world, lines, GEMMA2_KERNEL="uncapped")
+    said = {name: " ".join(one["said"].split()) for name, one in done.items()}
+    assert (done["auto"]["code"], done["asked"]["code"]) == (0, 2), said
+    assert "attention: eager; flex_attention is off eager attention" in said["auto"]
+    assert kernels_of(world / "uncapped" / "sft")[0] == {"eager"}
+    assert "computes other attention than this model's" in said["asked"]
+    assert "without the soft cap; use --attention eager" in said["asked"]
+    assert not (world / "asked" / "sft").exists()
