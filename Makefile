@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock quickstart test test-slow test-browser test-ray test-peers lint type check bench bench-filters compare real science torture soak docs recipes screens ranges clean
+.PHONY: help setup setup-dev lock quickstart test test-slow test-sharded test-browser test-ray test-peers lint type check bench bench-filters compare real science torture soak docs recipes screens ranges clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -72,6 +72,9 @@ test: setup-dev ## Unit tests: about two minutes on two cores
 
 test-slow: setup-dev ## What takes longer: trained embedded models, whole pipelines
 	@$(BIN)/python -m pytest -m 'slow and not ray' --timeout 1800
+
+test-sharded: setup-dev ## Trainings on one to four processes, whole and divided weights, on the CPU: 30 minutes on two cores
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 tests/posttrain/sharding $(wildcard tests/posttrain/rl/test_*shard*.py)
 
 test-browser: setup-dev ## The pages in a real Chromium or Chrome (BROWSER names another)
 	@$(BIN)/python tests/browser.py

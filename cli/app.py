@@ -109,10 +109,10 @@ COMMANDS = {
         "export.export_command", "Write a model for others: dtype, shards, GGUF, the hub, endpoints.", "Tools"
     ),
     "push": CommandEntry(
-        "tools.push", "Copy outputs to another disk or an object store, verified there by their digests.", "Tools"
+        "export.push", "Copy outputs to another disk or an object store, verified there by their digests.", "Tools"
     ),
     "pull": CommandEntry(
-        "tools.pull", "Fetch an output from another disk or an object store, verified by its digests.", "Tools"
+        "export.pull", "Fetch an output from another disk or an object store, verified by its digests.", "Tools"
     ),
     "serve": CommandEntry("export.serve_command", "Serve a model with vLLM, checked first.", "Tools"),
     "config": CommandEntry(

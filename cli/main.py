@@ -8,6 +8,7 @@ A bug keeps its traceback.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gemma2.core.interrupts import Signals
-from gemma2.core.ranks import LastWord, follow_launcher, is_launched, leave_word
+from gemma2.core.ranks import LastWord, follow_launcher, is_launched, leave_job, leave_word
 from gemma2.core.streams import drop_unread, settle_streams
 
 from .terminal import opening
@@ -25,6 +26,7 @@ __all__ = ["main"]
 # Class of an error -> its kind in the object of --json, the most specific first.
 KINDS = {
     "UsageError": "usage",
+    "PeerLost": "lost",
     "InputError": "input",
     "OutputError": "output",
     "OutOfMemory": "system",
@@ -42,6 +44,7 @@ def _environment() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # users can do nothing about deprecations inside libraries
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends a package wherever it is imported
 
 
 def _fail(message: str, code: int) -> int:
@@ -121,7 +124,7 @@ def run(arguments: list[str]) -> int:
             raise
         what, _, fix = line.partition("; ")
         if lost_connection(error) and is_launched():
-            leave_word(LastWord("lost", 1, "InputError", what, fix))
+            leave_word(LastWord("lost", 1, "PeerLost", what, fix))
             return 1  # the command that has started this process knows which one is gone, and why
         leave_word(LastWord("error", 1, "Gemma2Error", what, fix))
         _say_as_json(arguments, "system", 1, what, fix, str(getattr(error, "filename", None) or ""))
@@ -196,6 +199,8 @@ def main() -> None:
     try:
         _environment()
         code = run(sys.argv[1:])
+        if code == 0:
+            leave_job()
         signals.end()
         if code and signals.caught is not None:  # a library made an expected failure out of the interrupt
             code = _interrupted(signals.caught)

@@ -3,6 +3,7 @@
 Gemma2Error            exit code 1   a clear error
 ├── UsageError         exit code 2   wrong option, key or configuration
 ├── InputError         exit code 1   a file, model or data set that cannot be used
+│   └── PeerLost       exit code 1   another process of the job, on another machine, is gone
 ├── OutputError        exit code 1   the output exists, is locked or does not fit
 ├── OutOfMemory    exit code 1   memory is exhausted, of the machine or of an accelerator
 ├── GuardStop          exit code 3   a guard stopped the run (KL limit, NaN, no signal)
@@ -25,6 +26,7 @@ __all__ = [
     "InputError",
     "OutOfMemory",
     "OutputError",
+    "PeerLost",
     "UsageError",
     "lost_connection",
     "memory_asked",
@@ -75,6 +77,10 @@ class UsageError(Gemma2Error, ValueError):
 
 class InputError(Gemma2Error, ValueError):
     """An input that is missing, malformed or does not fit the others."""
+
+
+class PeerLost(InputError):
+    """Another process of the job is gone, and nothing on this machine says why; a pipeline may try the stage again."""
 
 
 class OutputError(Gemma2Error, OSError):

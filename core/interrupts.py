@@ -50,7 +50,7 @@ class Signals:
     """Turns signals into `Interrupted` between `install` and `end`, and makes certain that the process ends."""
 
     current: Signals | None = None  # the one that caught a signal
-    grace: float = GRACE  # seconds to clean up
+    least = 0.0  # seconds to clean up, of a process that waits for others
 
     def __init__(self, numbers: tuple[signal.Signals, ...] = NUMBERS) -> None:
         self.numbers = numbers
@@ -113,7 +113,7 @@ class Signals:
         Signals.current = self
         self.unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
         self.alarm = (signal.signal(signal.SIGALRM, signal.SIG_DFL), *signal.getitimer(signal.ITIMER_REAL))
-        self.extend(self.grace)
+        self.extend(max(GRACE, self.least))
         # Not threading.Thread: what was interrupted may hold the locks of that module.
         with suppress(RuntimeError):  # no more threads for this user: SIGALRM is left
             _thread.start_new_thread(self._watch, ())

@@ -8,27 +8,35 @@ it ended; the command that started them reads these words, and says once for all
 A single process does not import torch. Rank 0 alone opens outputs, logs, and makes the decisions that depend on the
 disk, and sends them to the others; if it fails, they end silently with the same exit code. If another rank fails,
 torchrun notices and ends the rest.
+
+Where ranks only exchange values through `Ranks` (evaluation, generation), `Ranks.agreed` makes one error of all: a rank
+that fails sends its error in place of its next value, so the others hear of it at theirs; rank 0 raises it, whichever
+rank had it, and the others end silently with its exit code.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
-from .errors import Gemma2Error, UsageError
+from . import errors
+from .errors import Gemma2Error, UsageError, refusal
 
 __all__ = [
     "ALONE",
     "FOLDER",
+    "LAUNCHER",
+    "WAIT",
     "LastWord",
+    "RankEnd",
     "Ranks",
     "announced",
     "follow_launcher",
@@ -36,12 +44,17 @@ __all__ = [
     "is_main",
     "join",
     "last_words",
+    "leave_job",
     "leave_word",
 ]
 
+S = TypeVar("S")
 T = TypeVar("T")
 FOLDER = "GEMMA2_LAUNCH"  # variable with the folder of the words, in processes that a command has started
+LAUNCHER = "GEMMA2_LAUNCHER"  # variable with the number of the process that has started them
 PR_SET_PDEATHSIG = 1  # prctl(2)
+WAIT = timedelta(days=1)  # of ranks for rank 0, which may ask a server or write; a dead one is noticed at once
+HEARD = "_every_rank_knows"  # attribute of an error that was exchanged
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,13 @@ def leave_word(word: LastWord) -> None:
                 aside.replace(place)
 
 
+def leave_job() -> None:
+    """Part from the other processes at the end of a command that succeeded; they warn of those that just go."""
+    torch = sys.modules.get("torch")
+    if announced() > 1 and torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def last_words(folder: Path) -> dict[int, LastWord]:
     """Return the words that processes have left, by rank."""
     return {
@@ -88,8 +108,10 @@ def follow_launcher() -> None:
     """End with SIGTERM when the command that has started this process is killed (Linux; elsewhere nothing)."""
     if not is_launched() or sys.platform != "linux":
         return
+    import ctypes
+
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:  # it was killed before this
+    if os.getppid() != int(os.environ[LAUNCHER]):  # it was killed before this
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -108,6 +130,35 @@ class RankEnd(SystemExit):
 
 
 @dataclass(frozen=True)
+class Failure:
+    """The error of one rank, as the others get it in place of a value."""
+
+    kind: str  # name of a class of core/errors.py
+    what: str
+    hint: str
+    where: str
+    code: int
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure | None:
+        """That of an error that a user can fix; None for a bug, which keeps its traceback."""
+        if isinstance(error, Gemma2Error):
+            return cls(type(error).__name__, error.what, error.hint, error.where, error.exit_code)
+        line = refusal(error)
+        if line is None:
+            return None
+        what, _, hint = line.partition("; ")
+        return cls("Gemma2Error", what, hint, "", Gemma2Error.exit_code)
+
+    def error(self) -> Gemma2Error:
+        """The error again, marked as one that every rank knows."""
+        kind: type[Gemma2Error] = getattr(errors, self.kind, Gemma2Error)
+        made = kind(self.what, self.hint, self.where)
+        setattr(made, HEARD, True)
+        return made
+
+
+@dataclass(frozen=True)
 class Ranks:
     """This process among the processes of its job."""
 
@@ -120,56 +171,89 @@ class Ranks:
         return self.rank == 0
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 and return its result on every rank. A Gemma2Error that it raises ends every rank."""
+        """Run `work` on rank 0 and return its result on every rank. An expected failure in it ends every rank."""
         if self.size == 1:
             return work()
-        result: tuple[T | None, int] = (None, 0)
-        failure: Gemma2Error | None = None
-        if self.is_main:
-            try:
-                result = (work(), 0)
-            except Gemma2Error as error:
-                failure, result = error, (None, error.exit_code)
-        value, code = self._broadcast(result)
-        if failure is not None:
-            raise failure
-        if code:
-            raise RankEnd(code)
-        return cast("T", value)
+        if not self.is_main:
+            return cast("T", self._exchange(None)[0])
+        try:
+            value = work()
+        except Exception as error:
+            self._tell(error)
+            raise
+        self._exchange(value)
+        return value
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank, on every rank. For small values: they are pickled."""
+        return [value] if self.size == 1 else cast("list[T]", self._exchange(value))
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Make an expected failure of any rank inside the block the failure of all; the end of the block is awaited.
+
+        Only for blocks in which ranks exchange nothing but values of this class: another exchange, such as that of
+        gradients, would be met by an error that the others cannot read.
+        """
         if self.size == 1:
-            return [value]
+            yield
+            return
+        try:
+            yield
+            self.barrier()
+        except Exception as error:
+            self._tell(error)
+            raise
+
+    def _tell(self, error: Exception) -> None:
+        """Send an error in place of the next value. A rank but 0 ends here."""
+        failure = None if getattr(error, HEARD, False) else Failure.of(error)
+        if failure is not None:
+            with suppress(Gemma2Error):  # rank 0's own, which it is about to raise
+                self._exchange(failure)
+            setattr(error, HEARD, True)
+
+    def _exchange(self, value: object) -> list[object]:
+        """Return what each rank gave. If one gave an error, rank 0 raises the first one, and the others end."""
+        values = self._every(value)
+        failure = next((one for one in values if isinstance(one, Failure)), None)
+        if failure is None:
+            return values
+        if self.is_main:
+            raise failure.error()
+        raise RankEnd(failure.code)
+
+    def _every(self, value: object) -> list[object]:
+        """The values of all ranks, by rank."""
         import torch
 
-        values: list[T | None] = [None] * self.size
+        values: list[object] = [None] * self.size
         torch.distributed.all_gather_object(values, value)
-        return cast("list[T]", values)
+        return values
 
     def share(self, count: int) -> slice:
         """Return this rank's part of `count` items; the parts of all ranks in order cover them."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def dealt(self, items: Sequence[S], work: Callable[[S], T]) -> Iterator[T]:
+        """Yield `work(item)` of every item, in order, on every rank; the ranks compute one item each, in turns."""
+        for start in range(0, len(items), self.size):
+            own = items[start : start + self.size][self.rank : self.rank + 1]
+            for results in self.gather([work(item) for item in own]):
+                yield from results
+
     def barrier(self) -> None:
         """Wait for the other ranks."""
         self.gather(None)
-
-    def _broadcast(self, value: T) -> T:
-        """Return the value of rank 0."""
-        import torch
-
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
-        return values[0]
 
 
 ALONE = Ranks()
 
 
-def join(command: str) -> Ranks:
+def join(command: str, wait: timedelta | None = None) -> Ranks:
     """Connect to the other processes of this job, if there are any.
 
+    wait: how long a process waits for the others' values, by the first call; None: as long as torch's default.
     Raises UsageError if the launcher announced several processes and they did not connect: some launchers announce
     several and start one.
     """
@@ -179,7 +263,7 @@ def join(command: str) -> Ranks:
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
+    state = PartialState(cpu=not (torch.cuda.is_available() or torch.xpu.is_available()), timeout=wait)
     if state.num_processes != expected:
         raise UsageError(
             f"{command}: WORLD_SIZE is {expected}, but {state.num_processes} process(es) have connected",

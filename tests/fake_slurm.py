@@ -14,7 +14,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def supervise(words: list[str]) -> int:
     job = place() / "jobs" / words[0]
     options = json.loads((job / "options.json").read_text())
     while (place() / "hold").exists():
-        time.sleep(0.05)
+        subprocess.run(["sleep", "0.05"], check=False)
     if state(job) != "PENDING":
         return 0
     text = Path(options["script"]).read_text()
@@ -166,12 +165,16 @@ def srun(words: list[str]) -> int:
     program = words[next(i for i, word in enumerate(words) if not word.startswith("--")) :]
     count = int(os.environ["SLURM_NNODES"])
     copies = [subprocess.Popen(program, env={**os.environ, "SLURM_NODEID": str(node)}) for node in range(count)]
-    while any(copy.poll() is None for copy in copies):
-        if any(copy.poll() for copy in copies):
-            for copy in copies:
-                copy.terminate()
-        time.sleep(0.05)
-    return max(abs(copy.returncode) for copy in copies)
+    left, worst = {copy.pid for copy in copies}, 0
+    while left:
+        ended, status = os.wait()
+        left.discard(ended)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not worst:
+            for pid in left:
+                os.kill(pid, signal.SIGTERM)
+        worst = max(worst, abs(code))
+    return worst
 
 
 if __name__ == "__main__":

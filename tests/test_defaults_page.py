@@ -22,7 +22,7 @@ WORDS = {"none": None, "twice the rank": None}
 OTHERS = {
     *("save_every", "log_every", "seed", "eval_every", "eval_prompts", "eval_fraction", "eval_n", "steps"),
     *("length_penalty", "missing_eos_penalty", "dropout", "vllm_memory", "vllm_tensor_parallel", "max_dead_steps"),
-    *("policies", "iterations", "patience", "jobs", "distill_temperature", "reward_timeout"),
+    *("policies", "iterations", "patience", "jobs", "nodes", "distill_temperature", "reward_timeout"),
 }
 
 

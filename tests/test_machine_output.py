@@ -141,7 +141,8 @@ report warp --out report.html
 
 def test_every_document_of_every_command_holds_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warp, "executor_of", lambda name, jobs: Inline(jobs))  # here, where the libraries are imported
+    # Here, where the libraries are imported.
+    monkeypatch.setattr(warp, "executor_of", lambda name, jobs, **more: Inline(jobs))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
     for seed, name in enumerate(("student", "teacher")):

@@ -13,6 +13,7 @@ from gemma2.cli.terminal.plan_view import show_plan
 from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.posttrain.planning.named_models import with_stand_ins
 from gemma2.posttrain.planning.plan_answers import PlanQuestion
+from gemma2.posttrain.planning.verdicts import gpus_flags
 from gemma2.posttrain.schemas.config import Config
 
 if TYPE_CHECKING:
@@ -111,8 +112,7 @@ def _show_verdicts(verdicts: list[JsonObject], console: Console) -> None:
     if small:
         console.text("\nwhat makes it fit")
     for one in small:
-        how = f"add {one['flags']}  ({_gib(one['then_gib'])} GiB)" if one["flags"] else _no_way(one)
-        console.text(f"  {one['place']}: {how}")
+        console.text(f"  {one['place']}: {_way(one)}")
 
 
 def _gib(value: float | None) -> str | None:
@@ -122,5 +122,11 @@ def _gib(value: float | None) -> str | None:
     return f"{value:.2f}" if value >= 0.01 else "<0.01"
 
 
-def _no_way(one: JsonMapping) -> str:
+def _way(one: JsonMapping) -> str:
+    """What makes a command fit: flags of its settings, or more GPUs of this size."""
+    several = f"{gpus_flags(one['fewest_gpus'])}, of such GPUs" if one["fewest_gpus"] else ""
+    if one["flags"]:
+        return f"add {one['flags']}  ({_gib(one['then_gib'])} GiB)" + (f", or {several}" if several else "")
+    if several:
+        return f"add {several}"
     return f"no flags help, the least is {_gib(one['then_gib'])} GiB; a smaller model, or a larger device"

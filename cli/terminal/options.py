@@ -22,6 +22,7 @@ from gemma2.core.outputs.manifest import STATE
 from gemma2.core.outputs.promised import promise
 from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.permissions import allow
+from gemma2.core.progress import SILENT
 from gemma2.core.ranks import is_main
 from gemma2.posttrain.recipe_files.named_recipe import recipe_path
 from gemma2.posttrain.runs.run_options import RunOptions
@@ -32,7 +33,7 @@ from .completion import recipes_of_command
 from .console import Console
 from .help import HelpCommand, HelpGroup
 from .schema_flags import Flags, TypeForm, flag_type, flags_of, split_lists
-from .several import check_machines, several
+from .several import check_machines, one_error, several
 
 if TYPE_CHECKING:
     from gemma2.posttrain.runs.commands import Runner
@@ -295,13 +296,13 @@ def make_command(
                 if look is not None and given[look.name] is not None:
                     check_inputs(config)
                     look.show(config, given[look.name], console)
-                elif writes and not (prints and _is_for_the_screen(given)):
-                    execute(config, given, run, console)
-                else:
-                    from gemma2.posttrain.checks.of_command import CommandChecks
-
-                    CommandChecks(isolated=False).of(config)
-                    console.result(run(config, RunOptions(Path()), console).summary)
+                    return
+                to_write = writes and not (prints and _is_for_the_screen(given))
+                with one_error(config):
+                    if to_write:
+                        execute(config, given, run, console)
+                    else:
+                        show_result(config, run, console)
 
     common: dict[str, tuple[TypeForm, object]] = {"config": (str | None, ConfigFile), "set": (list[str] | None, Set)}
     if writes:
@@ -336,6 +337,16 @@ def _is_for_the_screen(given: Flags) -> bool:
     return True
 
 
+def show_result(config: Config, run: Runner, console: Console) -> None:
+    """Run a command that writes nothing; of several processes rank 0 prints."""
+    from gemma2.posttrain.checks.of_command import CommandChecks
+
+    CommandChecks(isolated=False).of(config)
+    result = run(config, RunOptions(Path()), console if is_main() else SILENT)
+    if is_main():
+        console.result(result.summary)
+
+
 def execute(config: Config, given: Flags, run: Runner, console: Console) -> None:
     """Run a command that writes an output."""
     options = RunOptions(required_out(given["out"]), given["resume"], given["force"])
@@ -366,7 +377,7 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
             console.warn(problem)  # an estimate: the run may need less
     result = None
     try:
-        result = run(config, options, console)
+        result = run(config, options, console if is_main() else SILENT)
     finally:
         if result is None and (partial_path(options.out) / STATE).is_file():
             console.note("work done so far is kept: continue with --resume")

@@ -90,7 +90,7 @@ def _metavar(kind: object, is_list: bool) -> str | None:
     if is_list:
         return "A,B,..."
     if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
+        return "|".join(map(str, get_args(kind)))
     names: dict[object, str] = {Path: "PATH", int: "INT", float: "FLOAT", str: "TEXT"}
     return names.get(kind)
 

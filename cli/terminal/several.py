@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from .console import Console
 
 C = TypeVar("C", bound=Config)
 
-__all__ = ["check_machines", "several"]
+__all__ = ["check_machines", "one_error", "several"]
 
 
 def several(config: C, words: Sequence[str] | None, console: Console) -> C:
@@ -29,6 +30,10 @@ def several(config: C, words: Sequence[str] | None, console: Console) -> C:
         return config
     from gemma2.posttrain.launch.starting import started
 
+    if (config.gpus or 1) * config.nodes > 1 and announced() == 1:  # once, and at once, before there are several
+        from gemma2.posttrain.checks.of_command import CommandChecks
+
+        CommandChecks().inputs(config)
     code = started(config, words, console)
     if code is not None:
         raise typer.Exit(code)
@@ -41,3 +46,12 @@ def check_machines(config: Config, out: Path) -> None:
         from gemma2.posttrain.launch.shared_disk import check_shared_disk
 
         check_shared_disk(type(config).__name__.removesuffix("Config").lower(), out)
+
+
+def one_error(config: Config) -> AbstractContextManager[object]:
+    """A block in which a failure of one process of the job ends all, in one line, where they share a command's rows."""
+    if announced() == 1:
+        return nullcontext()
+    from gemma2.posttrain.runs.together import as_one
+
+    return as_one(config)

@@ -7,13 +7,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from gemma2.cli.terminal.completion import pipelines, stages
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.difference_view import show_explanations, show_run_differences
 from gemma2.cli.terminal.help import HelpCommand, HelpGroup
@@ -41,6 +39,8 @@ from gemma2.core.outputs.staging import partial_path
 from gemma2.core.permissions import allow
 from gemma2.core.yaml_files import closest
 
+from .pipeline_options import Again, File, From, Jobs, KeepGoing, Only, Place, RayAddress, Reuse, Slurm, Why
+
 if TYPE_CHECKING:
     from gemma2.core.json_files import JsonMapping
     from gemma2.posttrain.pipelines.check import PipelinePlan
@@ -48,41 +48,12 @@ if TYPE_CHECKING:
     from gemma2.posttrain.pipelines.decision import Choice
     from gemma2.posttrain.pipelines.shelf import Shelf
 
-__all__ = ["Announcer", "app", "jobs_option", "kept_for_later"]
+__all__ = ["Announcer", "app", "kept_for_later"]
 
 SHOWN = 4  # figures in the line about a finished stage
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, cls=HelpGroup)
 
-File = typer.Argument(
-    metavar="FILE",
-    help="Pipeline: a YAML file, the folder of a run, or the name of one that comes with gemma2.",
-    show_default=False,
-    rich_help_panel="Inputs",
-    autocompletion=pipelines,
-)
-stage_option = partial(
-    typer.Option, None, metavar="STAGE", show_default=False, rich_help_panel="Stages", autocompletion=stages
-)
-From = stage_option("--from", help="Run this stage and all stages that need it; earlier outputs are used as they are.")
-Only = stage_option("--only", help="Run only this stage; the outputs that it needs are used as they are.")
-Why = stage_option(
-    "--why",
-    help="Show in full what differs from the record of this stage, or what it was made from; repeatable, takes `*`.",
-)
-Again = stage_option("--force", help="Run this stage again even if it is complete; repeatable, takes `*`.")
-Reuse = typer.Option(
-    None,
-    "--reuse",
-    metavar="FOLDER",
-    help="Link outputs below this folder that were made from the same, in place of making them again; repeatable.",
-    show_default=False,
-    rich_help_panel="Stages",
-)
-jobs_option = partial(
-    typer.Option, None, "--jobs", "-j", metavar="INT", min=1, show_default=False, rich_help_panel="Settings"
-)
-Jobs = jobs_option(help="Stages that run at once [default 1].")
 Write = file_option(None, "--write", help="Write the drawing to this file instead of stdout.")
 
 
@@ -200,29 +171,9 @@ def run(
     out: Path | None = Out,
     set_: list[str] | None = Set,
     jobs: int | None = Jobs,
-    executor: Literal["local", "ray", "slurm"] = typer.Option(
-        "local",
-        "--executor",
-        metavar="local|ray|slurm",
-        help="Run stages as processes on this machine, on a Ray cluster, or as SLURM jobs [default local].",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
-    ray_address: str | None = typer.Option(
-        None,
-        "--ray-address",
-        metavar="TEXT",
-        help="Address of the Ray cluster; without it, a cluster is started on this machine.",
-        rich_help_panel="Settings",
-    ),
-    slurm: list[str] | None = typer.Option(
-        None,
-        "--slurm",
-        metavar="KEY=VALUE",
-        help="Option of sbatch for every stage, such as partition=gpu; repeatable.",
-        show_default=False,
-        rich_help_panel="Settings",
-    ),
+    executor: Literal["local", "ray", "slurm"] = Place,
+    ray_address: str | None = RayAddress,
+    slurm: list[str] | None = Slurm,
     from_: list[str] | None = From,
     only: list[str] | None = Only,
     force: list[str] | None = Again,
@@ -230,12 +181,7 @@ def run(
     allow_host: list[str] | None = AllowHost,
     allow_key: list[str] | None = AllowKey,
     allow_versions: bool = AllowVersions,
-    keep_going: bool = typer.Option(
-        False,
-        "--keep-going",
-        help="After a failure, continue with the stages that do not need the failed one.",
-        rich_help_panel="Stages",
-    ),
+    keep_going: bool = KeepGoing,
     dry_run: bool = DryRun,
     as_json: bool = AsJson,
     quiet: bool = Quiet,

@@ -30,7 +30,8 @@ from gemma2.core.outputs.promised import promise
 from gemma2.core.permissions import allow
 from gemma2.posttrain.recipe_files.named_recipe import recipe_path
 
-from .pipeline import Announcer, jobs_option, kept_for_later
+from .pipeline import Announcer, kept_for_later
+from .pipeline_options import jobs_option
 
 if TYPE_CHECKING:
     from gemma2.posttrain.pipelines.compile import Pipeline

@@ -14,7 +14,8 @@ from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Quiet
 from gemma2.core.sizes import size, sizes_apart
 
-from .pipeline import Announcer, jobs_option, open_pipeline
+from .pipeline import Announcer, open_pipeline
+from .pipeline_options import jobs_option
 
 if TYPE_CHECKING:
     from gemma2.posttrain.audit.remake import Remade

@@ -89,6 +89,8 @@ class Manifest(TypedDict, total=False):
     code       of every Python function that the configuration names: module -> digest of its source, of that module
                and of those of the user that it imports
     processes  number of processes of the job
+    hardware   kind of machine; of a command that loaded torch the device and the versions of what is below torch
+    precision  dtypes of what is trained, of what is frozen, of products and of heads, by these names
     versions   of the packages that decide the bytes of the result
     arithmetic number of this package's own arithmetic in the command (posttrain/provenance/version_rule.py)
     continued  where a run went on with other versions: when, and package -> [before, after]
@@ -111,6 +113,7 @@ class Manifest(TypedDict, total=False):
     arithmetic: int
     continued: list[JsonObject]
     hardware: JsonObject
+    precision: JsonObject
     started: str
     ended: str
     status: str

@@ -164,6 +164,7 @@ def _machine(one: Member, other: Member) -> Iterator[Change]:
     """Yield what differs between the machines, as far as it is recorded."""
     a, b = one.output.manifest, other.output.manifest
     yield from _entries("hardware: ", a.get("hardware"), b.get("hardware"))
+    yield from _entries("precision: ", a.get("precision"), b.get("precision"))
     if a.get("processes", 1) != b.get("processes", 1):
         yield Change("processes", a.get("processes", 1), b.get("processes", 1))
     if one.cpus != other.cpus:

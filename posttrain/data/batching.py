@@ -3,6 +3,10 @@
 Rows are shuffled, cut into stretches of 50 batches, sorted by length inside each stretch and cut into batches, and the
 batches are shuffled. Deviation from transformers' `group_by_length`: the order is a function of seed and epoch (theirs
 follows the global random state, which a resume does not restore), and batches do not run from long to short.
+
+Several processes share the rows of each batch. accelerate completes the last one of an epoch with rows that were
+trained on already; here a filler takes their places, a row without anything to learn, so that each optimizer step has
+the rows that it has in one process.
 """
 
 from __future__ import annotations
@@ -47,11 +51,15 @@ class Epochs(Protocol):
 class LengthSampler(Sampler[int]):
     """Yields rows in `length_grouped_order`, another order for every epoch; `set_epoch` is called by the trainer.
 
-    `epochs` says which rows come; without it, every row once.
+    epochs: which rows come; without it, every row once. together: rows that all processes take at once; more than 1
+    if the last entry of `lengths` is a filler, which completes the last ones of an epoch.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epochs: Epochs | None = None) -> None:
-        self.lengths = lengths
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, epochs: Epochs | None = None, together: int = 1
+    ) -> None:
+        self.lengths = lengths if together == 1 else lengths[:-1]
+        self.together = together
         self.batch_size = batch_size
         self.seed = seed
         self.epochs = epochs
@@ -62,19 +70,22 @@ class LengthSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths if self.epochs is None else self.epochs)
+        rows = len(self.lengths if self.epochs is None else self.epochs)
+        return -(-rows // self.together) * self.together
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         rows = list(range(len(self.lengths))) if self.epochs is None else self.epochs.rows(self.epoch)
         order = length_grouped_order([self.lengths[row] for row in rows], self.batch_size, generator)
-        return (rows[place] for place in order)
+        fillers = [len(self.lengths)] * (len(self) - len(rows))
+        return iter([*(rows[place] for place in order), *fillers])
 
 
 class GroupedByLength:
     """Mixin for a Trainer whose training set has a column `length` (tokens): optimizer batches of similar rows.
 
-    `epochs`, where a trainer sets it, says which rows of the training set an epoch holds.
+    `epochs`, where a trainer sets it, says which rows of the training set an epoch holds. With several processes the
+    last row of the training set is the filler.
     """
 
     epochs: Epochs | None = None
@@ -91,4 +102,5 @@ class GroupedByLength:
         args = self.args  # type: ignore[attr-defined]
         batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         lengths = self.train_dataset["length"][:]  # type: ignore[attr-defined]
-        return LengthSampler(lengths, batch_size, args.seed, self.epochs)
+        together = args.train_batch_size * args.world_size if args.world_size > 1 else 1
+        return LengthSampler(lengths, batch_size, args.seed, self.epochs, together)

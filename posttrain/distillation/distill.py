@@ -22,18 +22,25 @@ from trl import DistillationConfig as TrlConfig
 from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located, split
-from gemma2.posttrain.models.loading import default_device, load_policy, load_tokenizer, quiet_libraries, save_model
-from gemma2.posttrain.models.lora import check_targets, lora_config, merged, plain_model
+from gemma2.posttrain.launch.agreement import check_shares
+from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries
+from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
 from gemma2.posttrain.models.protocols import CausalLM
-from gemma2.posttrain.models.sampler import SamplingParams, evaluating, length_batches
+from gemma2.posttrain.models.sampler import Completions, SamplingParams, evaluating, length_batches
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas.distill import DistillConfig
+from gemma2.posttrain.sharding.lockstep import in_step
+from gemma2.posttrain.sharding.placement import WHOLE, Placement, placed
+from gemma2.posttrain.sharding.results import save_result
+from gemma2.posttrain.sharding.units import is_sharded, whole_head
 from gemma2.posttrain.training.heldout import heldout_loss
+from gemma2.posttrain.training.sharded_trainer import hand_over
 from gemma2.posttrain.training.trainer import (
     PeriodicEvaluation,
     RunCallback,
@@ -63,29 +70,31 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop when a guard fires.
     """
     quiet_libraries()
+    placement, progress = placed("distill", config, progress)
+    ranks = placement.ranks
+    micro = micro_batch(config, ranks)
     cache = TeacherCache.open(config.teacher_cache) if config.teacher_cache else None
-    with open_run("distill", config, options) as run:
+    with open_run("distill", config, options, ranks=ranks, strategy=placement.strategy) as run:
         reading = Reading(config)
         named = [config.model] if config.teacher is None else [config.model, config.teacher]
         run.origin["attention"] = settle_attention(
             config.attention, named, progress, device=default_device(), learns=True
         )
-        setup = prepare(config, cache, reading, progress)
-        unread = reading.report(progress, run.path)
-        micro = config.micro_batch_size or config.batch_size
-        arguments = configured(TrlConfig, config, distillation_arguments(config, run, micro))
+        setup = prepare(config, cache, reading, progress, placement)
+        unread = reading.report(progress, run.path if ranks.is_main else None)
+        given = distillation_arguments(config, run, micro, ranks.size)
+        arguments = configured(TrlConfig, config, given | (hand_over(setup.student) if placement.divides else {}))
         rows = schedule(config.steps, config.batch_size, config.n, setup.material, config.fraction, config.seed)
-        adapter = lora_config(config, "CAUSAL_LM")
-        trainer = GkdTrainer(setup.student, setup.loss, setup.material, rows, arguments, progress, adapter)
+        adapter = None if placement.divides else lora_config(config, "CAUSAL_LM")
+        trainer = GkdTrainer(setup.student, setup.loss, setup.material, rows, arguments, progress, adapter, ranks)
         callback = RunCallback(run, progress, "distill", SHOWN)
         evaluation = StudentEvaluation(run, config, setup, trainer)
         trainer.add_callback(callback)
         trainer.add_callback(evaluation)
         train(trainer, run, callback, lambda: trainer.teaches)
         figures = callback.summary(trainer.model)
-        model = merged(trainer.model)
-        model.generation_config.eos_token_id = setup.material.chat.stop_ids
-        save_model(model, setup.material.chat.tokenizer, run.path)
+        plain_model(trainer.model).generation_config.eos_token_id = setup.material.chat.stop_ids
+        save_result(trainer.model, setup.material.chat.tokenizer, run.path, ranks.is_main)
         return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
 
 
@@ -101,17 +110,39 @@ class DistillSetup:
     heldout_numbers: Sequence[int]
 
 
-def prepare(config: DistillConfig, cache: TeacherCache | None, reading: Reading, progress: Progress) -> DistillSetup:
-    """Check tokenizers, load the models, read and tokenise the data."""
+def micro_batch(config: DistillConfig, ranks: Ranks) -> int:
+    """Sequences of a process per forward pass. Raises UsageError if the processes cannot share a step evenly."""
+    check_shares(config, ranks.size)
+    rows = config.batch_size // ranks.size
+    micro = config.micro_batch_size or rows
+    if rows % micro:
+        raise UsageError(
+            f"{rows} sequences of a step for each of {ranks.size} processes are not a multiple of --micro-batch-size "
+            f"{micro}",
+            "change one",
+        )
+    return micro
+
+
+def prepare(
+    config: DistillConfig,
+    cache: TeacherCache | None,
+    reading: Reading,
+    progress: Progress,
+    placement: Placement = WHOLE,
+) -> DistillSetup:
+    """Check tokenizers, load the models, read and tokenise the data. A student that is divided has its adapters."""
     divergence = Divergence(config.divergence, 0.5 if config.beta is None else config.beta)
     tokenizer = load_tokenizer(config.model)
     if config.teacher is not None:  # before gigabytes are read
         check_same_tokenizer(load_tokenizer(config.teacher), tokenizer, str(config.teacher), str(config.model))
-    student, tokenizer = load_policy(config.model, attention=config.attention)
-    check_head(student, f"--model {config.model}")
+    student, tokenizer = placement.policy(config.model, attention=config.attention)
     check_targets(config, student)
-    chat = ChatFormat(tokenizer, student.generation_config)
-    size = int(student.get_output_embeddings().weight.shape[0])
+    student = placement.filled(student, config.model, lora_config(config, "CAUSAL_LM"), config.seed)
+    plain = plain_model(student)
+    check_head(plain, f"--model {config.model}")
+    chat = ChatFormat(tokenizer, plain.generation_config)
+    size = int(plain.get_output_embeddings().weight.shape[0])
     params = SamplingParams(config.max_new_tokens, config.temperature, config.n)
     if cache is not None:
         cache.check(tokenizer, size, config)
@@ -121,7 +152,7 @@ def prepare(config: DistillConfig, cache: TeacherCache | None, reading: Reading,
         loss = Loss(teacher, config.distill_temperature, None)
         return DistillSetup(student, loss, material, [], [cache.examples[i] for i in others], others)
     assert config.teacher is not None
-    model, _ = load_teacher(config.teacher, config.teacher_dtype, config.attention)
+    model, _ = load_teacher(config.teacher, config.teacher_dtype, config.attention, placement)
     rows = common_vocabulary(
         int(model.get_output_embeddings().weight.shape[0]), size, max(tokenizer.get_vocab().values()) + 1
     )
@@ -155,7 +186,7 @@ def read_fixed(
     return examples, fixed_examples(heldout, chat, config, reading, progress, "held-out rows")
 
 
-def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> JsonObject:
+def distillation_arguments(config: DistillConfig, run: Run, micro: int, processes: int = 1) -> JsonObject:
     """Options of TRL's DistillationConfig: dropout off, Adam without weight decay."""
     return trainer_arguments(
         TrlConfig,
@@ -164,7 +195,7 @@ def distillation_arguments(config: DistillConfig, run: Run, micro: int) -> JsonO
         DISTILL.unused,
         max_steps=config.steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.batch_size // micro,
+        gradient_accumulation_steps=config.batch_size // processes // micro,
         max_completion_length=config.max_new_tokens,
         temperature=config.temperature,
         disable_dropout=True,
@@ -187,7 +218,7 @@ class StudentEvaluation(PeriodicEvaluation):
         found: dict[str, float | None] = {}
         model = self.trainer.model
         something = self.setup.heldout or self.setup.heldout_prompts
-        seen = measuring(model, f"step {step}: the divergence") if something else nullcontext()
+        seen = measuring(model, f"step {step}: the divergence", self.run.ranks) if something else nullcontext()
         with seen, evaluating(model), self.trainer.accelerator.autocast():
             if self.setup.heldout_prompts:
                 found |= self.on_prompts(step)
@@ -200,15 +231,21 @@ class StudentEvaluation(PeriodicEvaluation):
 
     def on_prompts(self, step: int) -> dict[str, float | None]:
         """Divergence on the student's answers to the held-out prompts, drawn with the same numbers each time."""
-        chat, rows = self.setup.material.chat, self.setup.heldout_prompts
+        chat, rows, ranks = self.setup.material.chat, self.setup.heldout_prompts, self.run.ranks
+        share = ranks.share(len(rows))
         prompts = []
-        for row in rows:
+        for row in rows[share]:
             with located(row.where):
                 prompts.append(chat.prompt_ids(row.messages))
         params = SamplingParams(self.config.max_new_tokens, self.config.temperature)
-        drawn = draw(plain_model(self.trainer.model), chat, prompts, params, self.config.seed, self.batch_size)
-        examples = as_examples(prompts, drawn)
-        sums = divergence_sums(self.trainer.model, self.setup.loss, examples, [-1] * len(examples), self.batch_size)
+        student = plain_model(self.trainer.model)
+        own = draw(student, chat, prompts, params, self.config.seed, self.batch_size, (share.start, len(rows)))
+        examples = as_examples(prompts, own)
+        sums = self.divergences(examples, [-1] * len(examples))
+        drawn = Completions(
+            ids=[ids for part in ranks.gather(own.ids) for ids in part],
+            truncated=[cut for part in ranks.gather(own.truncated) for cut in part],
+        )
         for row, ids, total in list(zip(rows, drawn.ids, sums.tolist(), strict=True))[:4]:
             text = chat.decode(ids)
             self.run.sample(step, prompt=row.messages, completion=text, divergence=round(total / len(ids), 6))
@@ -224,12 +261,18 @@ class StudentEvaluation(PeriodicEvaluation):
     def on_rows(self) -> dict[str, float | None]:
         """-log S per target token of the held-out rows; from a cache, where no prompt is answered, the divergence."""
         rows, model = self.setup.heldout, self.trainer.model
-        found: dict[str, float | None] = {"heldout_loss": heldout_loss(model, rows, self.batch_size)}
+        found: dict[str, float | None] = {"heldout_loss": heldout_loss(model, rows, self.batch_size, self.run.ranks)}
         if not self.setup.heldout_prompts:
-            sums = divergence_sums(model, self.setup.loss, rows, self.setup.heldout_numbers, self.batch_size)
+            share = self.run.ranks.share(len(rows))
+            sums = self.divergences(rows[share], self.setup.heldout_numbers[share])
             counts = torch.tensor([float(sum(row.mask)) for row in rows], dtype=torch.float64)
             found["divergence"], found["divergence_se"] = ratio(sums, counts)
         return found
+
+    def divergences(self, examples: Sequence[Example], numbers: Sequence[int]) -> Tensor:
+        """Return the sums of `divergence_sums` of the shares of all processes, (N,) float64 nats. A collective."""
+        ranks, loss, model = self.run.ranks, self.setup.loss, self.trainer.model
+        return torch.cat(ranks.gather(divergence_sums(model, loss, examples, numbers, self.batch_size, ranks)))
 
     @property
     def batch_size(self) -> int:
@@ -246,19 +289,40 @@ class StudentEvaluation(PeriodicEvaluation):
 
 @torch.no_grad()
 def divergence_sums(
-    model: CausalLM, loss: Loss, examples: Sequence[Example], numbers: Sequence[int], batch_size: int
+    model: CausalLM,
+    loss: Loss,
+    examples: Sequence[Example],
+    numbers: Sequence[int],
+    batch_size: int,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """The divergence summed over the response tokens of each row, (N,) float64 nats."""
+    """The divergence summed over the response tokens of each row, (N,) float64 nats. In step with `ranks`."""
     model = plain_model(model)
-    head = head_of(model, loss.temperature, loss.vocabulary)
     sums = torch.zeros(len(examples), dtype=torch.float64)
-    for batch in length_batches([len(example.ids) for example in examples], batch_size):
-        ids, mask = collate([examples[i] for i in batch], model.device)
-        rows = torch.tensor([numbers[i] for i in batch], device=ids.device)
-        values = divergence_loss(response_states(model, ids, mask), head, loss.teacher.target(ids, mask, rows)).values
-        parts = values.double().cpu().split([sum(examples[i].mask) for i in batch])
-        sums[batch] = torch.stack([part.sum() for part in parts])
+    batches: Sequence[list[int]] = list(length_batches([len(example.ids) for example in examples], batch_size))
+    in_turn = in_step(batches, ranks) if loss.teacher.divided or is_sharded(model) else iter(batches)
+    with whole_head(model), loss.teacher.ready():
+        head = head_of(model, loss.temperature, loss.vocabulary)
+        for batch in in_turn:
+            if batch is None:
+                _run_along(model, loss)
+                continue
+            ids, mask = collate([examples[i] for i in batch], model.device)
+            rows = torch.tensor([numbers[i] for i in batch], device=ids.device)
+            target = loss.teacher.target(ids, mask, rows)
+            values = divergence_loss(response_states(model, ids, mask), head, target).values
+            parts = values.double().cpu().split([sum(examples[i].mask) for i in batch])
+            sums[batch] = torch.stack([part.sum() for part in parts])
     return sums
+
+
+def _run_along(model: CausalLM, loss: Loss) -> None:
+    """Run student and teacher once, for the other processes that gather their weights now."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if loss.teacher.divided:
+        loss.teacher.target(ids, mask, torch.tensor([-1], device=ids.device))
+    response_states(model, ids, mask)
 
 
 def ratio(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:

@@ -12,7 +12,8 @@ Deviations from TRL 1.16, each on one of its private hooks (tests/posttrain/dist
 2. `_compute_loss` takes the gradient of each chunk in its forward (`divergence.py`) and reads response positions only;
    TRL projects twice to three times, and on a CPU every position, padding included.
 3. TRL gets no teacher: ours may be a cache on disk, and its tokenizer was compared, not only its vocabulary's size.
-4. Checkpoints hold no model card.
+4. Checkpoints hold no model card; those of a divided model are `sharded_trainer.py`'s.
+5. Several processes answer a share of the prompts each, with the random numbers that one process would use for them.
 
 A completion that was cut at the limit is learned from like any other: every one of its prefixes is one that the student
 reaches, and no sampled token is a target. So a step in which all
@@ -28,20 +29,22 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer
 from trl import DistillationConfig, DistillationTrainer
 
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.rows import Prompt, located
 from gemma2.posttrain.data.seeds import derived_seed
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import CausalLM
-from gemma2.posttrain.models.sampler import Completions, SamplingParams, sample
+from gemma2.posttrain.models.sampler import Completions, SamplingParams, random_numbers, sample
 from gemma2.posttrain.rl.rloo import prompt_order
+from gemma2.posttrain.sharding.units import whole
 from gemma2.posttrain.training.one_row import check_bos
+from gemma2.posttrain.training.sharded_trainer import RootRedirection, ShardedTrainer
 
 from .divergence import divergence_loss, head_of
 from .responses import as_examples, collate, response_states
@@ -112,14 +115,25 @@ def draw(
     params: SamplingParams,
     seed: int,
     batch_size: int,
+    among: tuple[int, int] | None = None,
 ) -> Completions:
-    """Completions of a student; they follow from the seed, not from the batch size."""
-    generator = torch.Generator().manual_seed(seed)
-    return sample(model, prompts, params, chat.stop_ids, chat.tokenizer.pad_token_id or 0, generator, batch_size)
+    """Completions of a student; they follow from the seed, not from the batch size.
+
+    among: (prompts of other processes in front of these, prompts of all), which have random numbers too; default: none.
+    A student whose weights are divided is made whole meanwhile: a collective.
+    """
+    before, total = among or (0, len(prompts))
+    numbers = random_numbers(total * params.n, params, torch.Generator().manual_seed(seed))
+    own = numbers[before * params.n : (before + len(prompts)) * params.n]
+    with whole(model):
+        if not prompts:
+            return Completions()
+        pad_id = chat.tokenizer.pad_token_id or 0
+        return sample(model, prompts, params, chat.stop_ids, pad_id, None, batch_size, own)
 
 
-class GkdTrainer(DistillationTrainer):  # type: ignore[misc]  # the library is not typed
-    """Distillation in one process. The student is `plain_model(trainer.model)`."""
+class GkdTrainer(ShardedTrainer, DistillationTrainer):  # type: ignore[misc]  # the library is not typed
+    """The student is `plain_model(trainer.model)`. `rows`: of all processes."""
 
     def __init__(
         self,
@@ -130,6 +144,7 @@ class GkdTrainer(DistillationTrainer):  # type: ignore[misc]  # the library is n
         args: DistillationConfig,
         progress: Progress = SILENT,
         peft_config: object | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         with warnings.catch_warnings():
             # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
@@ -147,6 +162,10 @@ class GkdTrainer(DistillationTrainer):  # type: ignore[misc]  # the library is n
         self.cut_steps = 0  # in a row
         self.warned = False
         self.teaches = False  # whether the teacher ever differed from the student
+        self.largest = 0.0  # divergence of a token in this process's last micro-batch, nats
+        self.ranks = ranks
+        if self.sharded:
+            self._forward_redirection = RootRedirection(plain_model(self.model))
 
     def _generate_and_score_completions(self, inputs: list[JsonObject]) -> dict[str, Tensor]:
         indices = [row["prompt"] for row in inputs]
@@ -161,7 +180,7 @@ class GkdTrainer(DistillationTrainer):  # type: ignore[misc]  # the library is n
             "ids": ids,
             "mask": mask,
             "rows": torch.tensor(numbers, device=ids.device),
-            "num_items_in_batch": mask.sum(),
+            "num_items_in_batch": self.accelerator.reduce(mask.sum()),
         }
 
     def _answers(self, indices: Sequence[int]) -> list[Example]:
@@ -169,12 +188,15 @@ class GkdTrainer(DistillationTrainer):  # type: ignore[misc]  # the library is n
         step, params = self.state.global_step, self.material.params
         prompts = [self.material.prompt_ids(i) for i in indices[:: params.n]]  # every prompt is repeated n times
         seed = derived_seed(self.args.seed, step)
+        among = (len(prompts) * self.ranks.rank, len(prompts) * self.ranks.size)
         with self.accelerator.autocast():
-            drawn = draw(plain_model(self.model), self.material.chat, prompts, params, seed, self.args.train_batch_size)
-        truncated = sum(drawn.truncated) / len(drawn.truncated)
-        self._watch(truncated)
-        self._metrics["train"]["truncated"].append(truncated)
-        self._metrics["train"]["length"].append(sum(map(len, drawn.ids)) / len(drawn.ids))
+            model, size = plain_model(self.model), self.args.train_batch_size
+            drawn = draw(model, self.material.chat, prompts, params, seed, size, among)
+        own = (sum(drawn.truncated), sum(map(len, drawn.ids)), len(drawn.ids))
+        cut, tokens, count = (sum(parts) for parts in zip(*self.ranks.gather(own), strict=True))
+        self._watch(cut / count)
+        self._metrics["train"]["truncated"].append(cut / count)
+        self._metrics["train"]["length"].append(tokens / count)
         return as_examples(prompts, drawn)
 
     def _watch(self, truncated: float) -> None:
@@ -196,22 +218,32 @@ class GkdTrainer(DistillationTrainer):  # type: ignore[misc]  # the library is n
                 "check --teacher and --model"
             )
 
+    def compute_loss(
+        self,
+        model: CausalLM,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of a micro-batch, nats per response token of the optimizer batch."""
+        loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.teaches:  # not inside the forward pass, in which processes gather weights
+            self._see_teaching(max(self.ranks.gather(self.largest)))
+        return loss
+
     def _compute_loss(
         self, unwrapped_student: CausalLM, inputs: dict[str, Tensor], num_items_in_batch: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         width = int(inputs["mask"].nonzero()[:, 1].max()) + 1  # a micro-batch may be narrower than its batch
         ids, mask = inputs["ids"][:, :width], inputs["mask"][:, :width]
         model = plain_model(unwrapped_student)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.loss.teacher.ready():
             hidden = response_states(model, ids, mask)
             target = self.loss.teacher.target(ids, mask, inputs["rows"])
             head = head_of(model, self.loss.temperature, self.loss.vocabulary)
             measured = divergence_loss(hidden, head, target, 1 / num_items_in_batch.item())
         if not self.teaches:
-            self._see_teaching(float(measured.values.detach().abs().max()))
+            self.largest = float(measured.values.detach().abs().max())
         # TRL logs the mean of sum / count over micro-batches: with this count it is the mean over the batch's tokens.
         share = num_items_in_batch / self.args.gradient_accumulation_steps
         return measured.loss, measured.entropies.sum(), share
-
-    def _save_checkpoint(self, model: CausalLM, trial: object) -> None:
-        Trainer._save_checkpoint(self, model, trial)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gemma2.core.errors import InputError
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.schemas.fields import Attention, Dtype
+from gemma2.posttrain.sharding.placement import WHOLE, Placement
+from gemma2.posttrain.sharding.units import is_sharded, plain_class, whole_head
 
 from .divergence import Divergence, FullTarget, Target, head_of
 from .responses import response_states
@@ -38,6 +40,15 @@ __all__ = [
 
 class Teacher(Protocol):
     """Something that a student can be compared with."""
+
+    @property
+    def divided(self) -> bool:
+        """Whether its weights are divided over processes, which then run it in step."""
+        ...
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Return a context in which targets are made and compared with."""
+        ...
 
     def target(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Target:
         """Distributions at the response positions of a batch, row by row.
@@ -57,6 +68,15 @@ class LiveTeacher:
     temperature: float
     vocabulary: int | None  # rows of the head that are compared; None: all
 
+    @property
+    def divided(self) -> bool:
+        """See `Teacher`."""
+        return is_sharded(self.model)
+
+    def ready(self) -> AbstractContextManager[None]:
+        """See `Teacher`: the head of a divided one is whole, its layers are gathered as they run."""
+        return whole_head(self.model)
+
     @torch.no_grad()
     def target(self, ids: Tensor, mask: Tensor, rows: Tensor) -> FullTarget:
         """See `Teacher`."""
@@ -64,23 +84,26 @@ class LiveTeacher:
         return FullTarget(hidden, head_of(self.model, self.temperature, self.vocabulary), self.divergence)
 
 
-def load_teacher(path: Path, dtype: Dtype, attention: Attention = "eager") -> tuple[CausalLM, PreTrainedTokenizerBase]:
+def load_teacher(
+    path: Path, dtype: Dtype, attention: Attention = "eager", placement: Placement = WHOLE
+) -> tuple[CausalLM, PreTrainedTokenizerBase]:
     """A frozen teacher and its tokenizer. Raises InputError for a head that is more than a product and a soft cap."""
-    model, tokenizer = load_policy(path, frozen_dtype(dtype), attention=attention)
+    model, tokenizer = placement.frozen_policy(path, frozen_dtype(dtype), attention)
     check_head(model, f"--teacher {path}")
-    return model.requires_grad_(False), tokenizer
+    return model, tokenizer
 
 
 @torch.no_grad()
 def check_head(model: CausalLM, name: str) -> None:
     """Refuse a model whose logits are not those of `Head`: a bias or a scale would be left out in silence."""
     ids = torch.arange(1, 9, device=model.device)[None]
-    own = model(input_ids=ids).logits[0, :-1].float()
-    ours = head_of(model).logits(response_states(model, ids, torch.ones_like(ids, dtype=torch.bool)))
+    with whole_head(model):
+        own = model(input_ids=ids).logits[0, :-1].float()
+        ours = head_of(model).logits(response_states(model, ids, torch.ones_like(ids, dtype=torch.bool)))
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
     if (own - ours).abs().max() > tolerance * own.abs().max().clamp(min=1):
         raise InputError(
-            f"{name} ({type(model).__name__}) computes its logits in a way that distillation does not know",
+            f"{name} ({plain_class(model).__name__}) computes its logits in a way that distillation does not know",
             "use a model whose head is one matrix, as in Gemma, Llama or Qwen",
         )
 

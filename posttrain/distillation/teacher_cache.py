@@ -15,6 +15,7 @@ distributions agree to fp16. A run that was killed goes on at the first file tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -261,6 +262,15 @@ class CachedTeacher:
 
     cache: TeacherCache
     divergence: Divergence
+
+    @property
+    def divided(self) -> bool:
+        """See `Teacher`: nothing is computed."""
+        return False
+
+    def ready(self) -> AbstractContextManager[None]:
+        """See `Teacher`."""
+        return nullcontext()
 
     def target(self, ids: Tensor, mask: Tensor, rows: Tensor) -> TopkTarget:
         """The distributions of rows by number; the k + 1 buckets are normalised in fp32."""

@@ -22,7 +22,7 @@ __all__ = ["MACHINE_CHECKS"]
 
 # What the tests ran with, as constraints.txt has it (tests/posttrain/doctor compares both).
 TESTED = {"torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2"}
-EXTRAS = {"vllm": "vllm", "ray": "ray", "eval": "lm_eval"}
+EXTRAS = {"vllm": "vllm", "ray": "ray", "eval": "lm_eval", "quant": "bitsandbytes"}
 PROBE_BYTES = 64 << 20
 LITTLE_DISK, LITTLE_MEMORY = 20e9, 4e9  # a 9B in bf16; the embedded models with their libraries
 

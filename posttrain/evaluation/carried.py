@@ -23,14 +23,17 @@ __all__ = ["measured_with", "previous_flat", "take_over"]
 INPUTS = {"sft": "SFT policy", "prompts": "prompts", "reward": "reward models", "code": "code of its functions"}
 
 
-def measured_with(config: ParetoConfig) -> JsonObject:
-    """`{"settings", "inputs"}` of front.json: two fronts can be compared only if these are equal. Inputs are digests.
+def measured_with(config: ParetoConfig, dtype: object = "float32") -> JsonObject:
+    """`{"settings", "inputs", "weights_in"}` of front.json: two fronts can be compared only if these are equal.
+
+    Inputs are digests. dtype: torch's, to which weights are rounded: `--dtype auto` depends on the machine.
 
     Reward models are called by their names, not their places: the same measurement elsewhere gives the same bytes.
     """
     names = {"reward": [model_name(path) for path in config.reward]}
     return {
         "settings": measured_settings(config) | names,
+        "weights_in": str(dtype).removeprefix("torch."),
         "inputs": {
             "sft": digest_model(config.sft),
             "prompts": [digest_file(path) for path in data_files(config.prompts)],
@@ -63,6 +66,9 @@ def check_alike(path: Path, front: JsonMapping, own: JsonMapping) -> None:
     if not isinstance(theirs, dict) or not isinstance(inputs, dict):
         raise InputError(f"--fronts {path} does not tell what it was measured with", "measure it again")
     different = unlike_settings(theirs, own["settings"])
+    weights = front.get("weights_in", own["weights_in"])  # fronts from before it was recorded do not say
+    if weights != own["weights_in"]:
+        different.append(f"weights in {weights}, here in {own['weights_in']}")
     different += [f"other {what}" for name, what in INPUTS.items() if inputs.get(name) != own["inputs"][name]]
     if different:
         raise InputError(

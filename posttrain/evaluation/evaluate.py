@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -47,7 +47,9 @@ from gemma2.posttrain.models.sampler import SamplingParams, evaluating, random_n
 from gemma2.posttrain.models.scorer import CHUNK, hidden_states, mean_and_error
 from gemma2.posttrain.rewards.functions import Sampled, Score, function_score
 from gemma2.posttrain.rewards.terms import reward_score
+from gemma2.posttrain.runs.together import together
 from gemma2.posttrain.schemas import DistributionConfig, EvalConfig
+from gemma2.posttrain.sharding.lending import is_lent, opened, opened_heads
 
 from .intervals import confidence_interval
 
@@ -154,7 +156,8 @@ def measure(
         raise InputError("no held-out prompt is left", "give a file with at least two prompts")
     params = settings.sampling
     generator = torch.Generator().manual_seed(settings.seed)
-    size = max(1, 4 * settings.batch_size // params.n)  # prompts a chunk: enough to sort by length, few enough to watch
+    # Prompts a chunk, of each process: enough to sort by length, few enough to watch.
+    size = max(1, 4 * settings.batch_size // params.n) * settings.ranks.size
     parts: list[Part | None] = []
     with evaluating(model), evaluating(reference), progress.task(label, total=len(rows), unit="prompts") as task:
         for start in range(0, len(rows), size):
@@ -162,8 +165,11 @@ def measure(
             uniforms = random_numbers(len(chunk) * params.n, params, generator)
             own = settings.ranks.share(len(chunk))
             uniforms = uniforms[own.start * params.n : own.stop * params.n]
-            sampled = _drawn(model, chat, chunk[own], uniforms, settings)
-            parts.append((sampled, _values(model, reference, sampled, scores, settings)) if sampled else None)
+            with opened(model):
+                sampled = _drawn(model, chat, chunk[own], uniforms, settings)
+            asked = sampled.rows or is_lent(model)  # then every process opens every model, if need be without a row
+            values = _values(model, reference, sampled, scores, settings) if asked else {}
+            parts.append((sampled, values) if sampled.rows else None)
             task.advance(len(chunk))
     of_every_chunk = zip(*settings.ranks.gather(parts), strict=True)
     return _collect([part for parts in of_every_chunk for part in parts if part is not None], settings)
@@ -176,10 +182,8 @@ def _pad_id(chat: ChatFormat) -> int:
 
 def _drawn(
     model: CausalLM, chat: ChatFormat, rows: Sequence[Prompt], uniforms: Tensor, settings: MeasureSettings
-) -> Sampled | None:
-    """Completions of the rows with these random numbers; None beyond the last row."""
-    if not rows:
-        return None
+) -> Sampled:
+    """Completions of the rows with these random numbers."""
     params, size = settings.sampling, settings.batch_size
     prompts = [chat.prompt_ids(row.messages) for row in rows]
     drawn = sample(model, prompts, params, chat.stop_ids, _pad_id(chat), None, size, uniforms)
@@ -276,26 +280,40 @@ def sequence_kl(
     kl = torch.zeros(len(completions), dtype=torch.float64)
     if model is reference:
         return kl
-    batches = zip(
-        hidden_states(model, prompts, completions, batch_size),
-        hidden_states(reference, prompts, completions, batch_size),
-        strict=True,
-    )
+    batches = [_predicting_states(each, prompts, completions, batch_size) for each in (model, reference)]
     size = max(1, CHUNK // int(model.config.vocab_size))
-    for (batch, own), (_, other) in batches:
-        starts = [len(prompts[i]) - 1 for i in batch]  # the state at position t predicts token t + 1
-        lengths = [len(completions[i]) for i in batch]
-        pairs = zip(
-            _predicting(own, starts, lengths).split(size), _predicting(other, starts, lengths).split(size), strict=True
-        )
-        per_token = torch.cat(
-            [
-                _token_kl(head_logits(model, left) / temperature, head_logits(reference, right) / temperature)
-                for left, right in pairs
-            ]
-        )
-        kl[batch] = torch.stack([values.sum() for values in per_token.cpu().split(lengths)])
+    with opened_heads(model, reference):
+        for (batch, own), (_, other) in zip(*batches, strict=True):
+            pairs = zip(own.split(size), other.split(size), strict=True)
+            per_token = torch.cat(
+                [
+                    _token_kl(head_logits(model, left) / temperature, head_logits(reference, right) / temperature)
+                    for left, right in pairs
+                ]
+            )
+            lengths = [len(completions[i]) for i in batch]
+            kl[batch] = torch.stack([values.sum() for values in per_token.cpu().split(lengths)])
     return kl
+
+
+def _predicting_states(
+    model: CausalLM, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
+) -> Iterable[tuple[list[int], Tensor]]:
+    """(indices, the states (K, d) that predict their completion tokens) of every batch; of a lent model all at once, so
+    that whole models take the memory one after another, and only heads together.
+    """
+    if not is_lent(model):
+        return _states_of_batches(model, prompts, completions, batch_size)
+    with opened(model):
+        return list(_states_of_batches(model, prompts, completions, batch_size))
+
+
+def _states_of_batches(
+    model: CausalLM, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    for batch, hidden in hidden_states(model, prompts, completions, batch_size):
+        starts = [len(prompts[i]) - 1 for i in batch]  # the state at position t predicts token t + 1
+        yield batch, _predicting(hidden, starts, [len(completions[i]) for i in batch])
 
 
 def _predicting(hidden: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -310,10 +328,10 @@ def _token_kl(logits: Tensor, reference: Tensor) -> Tensor:
     return (logp.exp() * (logp - logq)).sum(-1).double().clamp_min(0)
 
 
-def settings_of(config: DistributionConfig) -> MeasureSettings:
-    """The part of a command's configuration that decides how completions are drawn."""
+def settings_of(config: DistributionConfig, ranks: Ranks = ALONE) -> MeasureSettings:
+    """The part of a command's configuration that decides how completions are drawn, and the processes that share it."""
     sampling = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, n=config.n)
-    return MeasureSettings(sampling, config.batch_size, config.seed)
+    return MeasureSettings(sampling, config.batch_size, config.seed, ranks=ranks)
 
 
 def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
@@ -325,8 +343,13 @@ def scores_of(config: DistributionConfig, chat: ChatFormat) -> list[Score]:
 
 
 def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
-    """Measure one policy. Writes nothing; returns the flat columns and sample completions."""
+    """Measure one policy. Writes nothing; returns flat columns and sample completions, on every process of a job."""
     quiet_libraries()
+    with together(config) as ranks:
+        return _measured(config, ranks, progress if ranks.is_main else SILENT)
+
+
+def _measured(config: EvalConfig, ranks: Ranks, progress: Progress) -> JsonObject:
     reading = Reading(config)
     rows = reading.prompts(config.prompts, config.limit)
     dtype = frozen_dtype(config.dtype)
@@ -342,7 +365,8 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
     model = reference if same else load_policy(config.model, dtype, attention=config.attention)[0]
     check_same_vocabulary(model, reference, str(config.model), str(config.sft))
     note_other_temperature(config, progress)
-    measured = measure(model, reference, chat, rows, scores, settings_of(config), progress, f"eval {config.model.name}")
+    settings = settings_of(config, ranks)
+    measured = measure(model, reference, chat, rows, scores, settings, progress, f"eval {config.model.name}")
     return {
         "model": str(config.model),
         **measured.columns(),
@@ -350,6 +374,7 @@ def run_eval(config: EvalConfig, progress: Progress = SILENT) -> JsonObject:
         "prompts": len(rows),
         "temperature": config.temperature,
         "max_new_tokens": config.max_new_tokens,
+        "dtype": str(dtype).removeprefix("torch."),
         "attention": settled,
         "samples": list(measured.samples),
     }

@@ -17,28 +17,27 @@ candidates for the front nor part of the hypervolume; every other point is compa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
-from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, load_json, write_json
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.core.rounding import SAME_AS_START, differ, still_points
-from gemma2.merging.inputs.architecture import LM_HEAD, classifies
-from gemma2.merging.inputs.checkpoint import open_checkpoint
-from gemma2.merging.inputs.compatibility import check_same_tokenizer
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt
-from gemma2.posttrain.models.loading import default_device, load_policy, quiet_libraries, read_config
+from gemma2.posttrain.models.loading import default_device, load_policy, quiet_libraries
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.reports.plots.values import label_of
 from gemma2.posttrain.rewards.functions import Score
 from gemma2.posttrain.runs.run_directory import Parent, Run, RunOptions, RunResult, check_parents, open_run
+from gemma2.posttrain.runs.together import together
 from gemma2.posttrain.schemas import ParetoConfig
 
 from .areas import Reference, area_columns, gain_columns, given_reference, note_other_references, reference_of
@@ -49,6 +48,7 @@ from .comparison import is_gain, with_gains
 from .evaluate import OWN_METRICS, MeasureSettings, check_same_vocabulary, measure, scores_of, settings_of
 from .front import best_at, best_table, hypervolume, pareto_front, round_limits
 from .front_files import KEPT, FrontEntry, answers_of, places, read_front, step_name, values_of, write_front
+from .same_family import check_policies
 from .trajectory import procedure, trajectory
 
 __all__ = ["best_at", "hypervolume", "interpolate_", "pareto_front", "run_pareto"]
@@ -72,7 +72,7 @@ def interpolate_(model: CausalLM | torch.nn.Module, init: JsonMapping, merged: J
 class Bench:
     """Holds what every measurement shares, and the models that a line needs, loaded once."""
 
-    def __init__(self, config: ParetoConfig, progress: Progress) -> None:
+    def __init__(self, config: ParetoConfig, progress: Progress, ranks: Ranks = ALONE) -> None:
         self.config = config
         self.progress = progress
         reading = Reading(config)
@@ -83,7 +83,7 @@ class Bench:
         self.rows: list[Prompt] = reading.renderable(rows, self.chat)
         reading.report(progress)
         self.scores: list[Score] = scores_of(config, self.chat)
-        self.settings: MeasureSettings = settings_of(config)
+        self.settings: MeasureSettings = settings_of(config, ranks)
         self._line: tuple[CausalLM, JsonObject, JsonObject] | None = None
 
     def measure(self, candidate: Candidate, name: str) -> JsonObject:
@@ -152,8 +152,10 @@ def measure_all(
 ) -> list[FrontEntry]:
     """One entry per candidate. Done ones are kept in the run's checkpoints, for a resume.
 
-    A model that is measured already, here or in `known`, is not measured again.
+    A model that is measured already, here or in `known`, is not measured again. The processes of a job share the
+    prompts of each point; each gets all entries.
     """
+    ranks = run.ranks
     bench: Bench | None = None
     run.origin["attention"] = settle_attention(
         config.attention,
@@ -164,21 +166,23 @@ def measure_all(
     )
     done = {entry.candidate.whole.digest: _record(entry) for entry in known if entry.candidate.whole}
     entries = []
-    run.checkpoints.mkdir(exist_ok=True)
+    if ranks.is_main:
+        run.checkpoints.mkdir(exist_ok=True)
     names = assign_names([*(entry.candidate for entry in known), *candidates])[len(known) :]
-    alike = procedure(config, config.sft, config.prompts, config.n, config.seed)
+    alike = procedure(config, config.sft, config.prompts, config.n, config.seed, frozen_dtype(config.dtype))
     with progress.task("front", total=len(candidates), unit="policies") as task:
         for i, (candidate, name) in enumerate(zip(candidates, names, strict=True)):
             file = run.checkpoints / f"point-{i:03d}.json"
             digest = candidate.whole.digest if candidate.whole else None
             if digest is not None and digest in done:
                 record = done[digest]  # the ends of the line are policies that may have been measured
-            elif file.is_file():
-                record = load_json(file)
+            elif (kept := ranks.on_main(lambda: load_json(file) if file.is_file() else None)) is not None:  # noqa: B023
+                record = kept
             else:
-                bench = bench or Bench(config, progress)
+                bench = bench or Bench(config, progress, ranks)
                 record = bench.measure(candidate, name)
-                write_json(file, record)
+                if ranks.is_main:
+                    write_json(file, record)
             if digest is not None:
                 done[digest] = record
             path = []
@@ -204,6 +208,31 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
     `flat` (fronts in a row that gained nothing), and with `fronts` the gain with its interval and whether it is one.
     """
     quiet_libraries()
+    with together(config) as ranks:
+        return _shared(config, options, progress if ranks.is_main else SILENT, ranks)
+
+
+def _shared(config: ParetoConfig, options: RunOptions, progress: Progress, ranks: Ranks) -> RunResult:
+    plan = ranks.on_main(lambda: _planned(config, progress))
+    with open_run("pareto", config, options, ranks=ranks) as run:
+        taken = {entry.candidate.key for entry in plan.carried}
+        fresh = [candidate for candidate in plan.candidates if candidate.key not in taken]
+        entries = in_order([*plan.carried, *measure_all(fresh, plan.carried, config, run, progress)])
+        return run.finish(ranks.on_main(lambda: _written(config, options.out, run.path, plan, entries, progress)))
+
+
+@dataclass(frozen=True)
+class FrontPlan:
+    """A front before anything is measured. alike: what it is measured with; earlier: fronts by path."""
+
+    candidates: list[Candidate]
+    carried: list[FrontEntry]
+    alike: JsonObject
+    earlier: dict[Path, JsonObject]
+    given: Reference | None
+
+
+def _planned(config: ParetoConfig, progress: Progress) -> FrontPlan:
     candidates = plan_candidates(config, progress)
     parents = [Parent("sft", config.sft), *(Parent("policies", path) for path in config.policies)]
     parents += [
@@ -212,52 +241,30 @@ def run_pareto(config: ParetoConfig, options: RunOptions, progress: Progress = S
     parents += [Parent("reward", path) for path in config.reward]
     check_parents(parents)
     check_policies(parents)
-    alike = measured_with(config)
+    alike = measured_with(config, frozen_dtype(config.dtype))
     earlier = {path: read_front(path, "--fronts") for path in config.fronts}
     given = given_reference(config.reference, earlier)
-    carried = take_over(earlier, alike)
-    taken = {entry.candidate.key for entry in carried}
-    with open_run("pareto", config, options) as run:
-        fresh = [candidate for candidate in candidates if candidate.key not in taken]
-        entries = in_order([*carried, *measure_all(fresh, carried, config, run, progress)])
-        names = assign_names([entry.candidate for entry in entries])
-        front = alike | build_front(entries, names, options.out, config, given)
-        if config.fronts:
-            front |= gain_of(entries, front, [entry.candidate.key in taken for entry in entries], config)
-            note_other_references(Reference(**front["reference"], source=""), earlier, progress)
-        warn_of_rounding(front["points"], progress)
-        write_front(run.path, front, entries, names)
-        return run.finish(summarise(front))
+    return FrontPlan(candidates, take_over(earlier, alike), alike, earlier, given)
 
 
-def check_policies(parents: Sequence[Parent]) -> None:
-    """Refuse reward models instead of policies, another vocabulary than that of the SFT policy, and a line between two
-    architectures."""
-    policies = [parent for parent in parents if parent.role in ("sft", "policies", "init", "merged")]
-    first = open_checkpoint(policies[0].path, f"--{policies[0].role}")
-    for parent in policies:
-        named = f"--{parent.role} {parent.path}"
-        config = read_config(parent.path)
-        if classifies(config):
-            raise InputError(f"{named} is a reward model, not a language model", "name it as --reward")
-        sizes = config.get("vocab_size"), first.config.get("vocab_size")
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"{named} has a vocabulary of {sizes[0]}, --sft {policies[0].path} one of {sizes[1]}",
-                "compare policies of one family",
-            )
-        try:
-            check_same_tokenizer(first, open_checkpoint(parent.path, f"--{parent.role}"))
-        except InputError as error:
-            raise InputError(error.what, "compare policies of one family") from error
-    ends = {parent.role: open_checkpoint(parent.path, f"--{parent.role}") for parent in policies}
-    if "merged" in ends:
-        shapes = [
-            {name: tensor.shape for name, tensor in end.tensors.items() if name != LM_HEAD}
-            for end in (ends.get("init", ends["sft"]), ends["merged"])
-        ]
-        if shapes[0] != shapes[1]:
-            raise InputError("--init and --merged have different tensors", "give two policies of one architecture")
+def _written(
+    config: ParetoConfig,
+    out: Path,
+    folder: Path,
+    plan: FrontPlan,
+    entries: Sequence[FrontEntry],
+    progress: Progress,
+) -> JsonObject:
+    """Write the files of the front; its summary."""
+    names = assign_names([entry.candidate for entry in entries])
+    front = plan.alike | build_front(entries, names, out, config, plan.given)
+    if config.fronts:
+        taken = {entry.candidate.key for entry in plan.carried}
+        front |= gain_of(entries, front, [entry.candidate.key in taken for entry in entries], config)
+        note_other_references(Reference(**front["reference"], source=""), plan.earlier, progress)
+    warn_of_rounding(front["points"], progress)
+    write_front(folder, front, entries, names)
+    return summarise(front)
 
 
 def in_order(entries: Sequence[FrontEntry]) -> list[FrontEntry]:

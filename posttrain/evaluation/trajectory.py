@@ -35,21 +35,24 @@ PARTS = ("", "_se", "_low", "_high")
 SETTINGS = {*RewardFields.model_fields, *RowFields.model_fields} - {"reward", *CallFields.model_fields}
 
 
-def procedure(config: Measuring, sft: Path, prompts: Path, n: int, seed: int, half: bool = False) -> str:
+def procedure(config: Measuring, sft: Path, prompts: Path, n: int, seed: int, dtype: object = "float32") -> str:
     """The digest of all that decides a measurement, but the policy and the number of prompts.
 
-    half: whether the arithmetic is rounded to 16 bits (autocast).
+    dtype: torch's, to which the weights of the policies are rounded (`models/precision.py`).
     """
-    settings = config.model_dump(mode="json", include=SETTINGS)
-    if settings["dtype"] == "auto":
-        del settings["dtype"]  # digests from before the setting existed stay what they are
+    settings = config.model_dump(mode="json", include=SETTINGS - {"dtype"})
+    if settings.get("attention") == "auto":
+        del settings["attention"]  # digests from before the setting existed stay what they are
+    rounded = str(dtype).removeprefix("torch.")
+    if rounded != "float32":  # and those of fp32
+        settings["dtype"] = f"weights in {rounded}"  # before, RL measured its policy under autocast
     content = {
         **settings,
         "temperature": config.temperature,
         "max_new_tokens": config.max_new_tokens,
         "n": n,
         "seed": seed,
-        "half": half,
+        "half": False,  # autocast, once; kept for the digests of fp32
         "sft": digest_model(sft),
         "prompts": [digest_file(path) for path in data_files(prompts)],
         "reward": [digest_model(path) for path in config.reward],

@@ -275,6 +275,18 @@ def _function(name: object) -> str | None:
     return f"{module}:{function}" if dot else None
 
 
+def _bits(bits: int) -> Callable[[str, object, Mapping[str, object]], Settings | None]:
+    """A switch that stands for a number of bits."""
+    return lambda key, value, given: {} if is_off(value) else {key: bits}
+
+
+def _given_bits(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
+    """Bits that are ours as well; without any nothing is quantised."""
+    if is_off(value):
+        return {}
+    return {key: int(str(value))} if str(value) in ("4", "8") else None
+
+
 def _merged(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
     return {} if value is True else {key: "adapter"}
 
@@ -299,6 +311,9 @@ CONVERSIONS: dict[str, Callable[[str, object, Mapping[str, object]], Settings | 
     **dict.fromkeys(("lr_scheduler", "lr_scheduler_type"), _schedule),
     **dict.fromkeys(("eval_steps", "save_steps", "logging_steps", "max_steps"), _whole_steps),
     **dict.fromkeys(("dataset", "datasets", "dataset_name", "eval_dataset", "test_datasets"), _files),
+    "load_in_4bit": _bits(4),
+    "load_in_8bit": _bits(8),
+    "quantization_bit": _given_bits,
     "use_tensorboard": _fixed("tensorboard"),
     "use_vllm": _fixed("vllm"),
     "sync_ref_model": _fixed("ema"),

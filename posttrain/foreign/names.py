@@ -60,7 +60,7 @@ TOKENS = ("max_new_tokens",)
 ONE_BATCH = "all sequences of an optimizer step; --micro-batch-size are those of a forward pass"
 ROOM = "rows of similar length share a batch, so little is padded"
 ATTENTION = "eager, flex_attention, flash_attention_2 or flash_attention_3; sdpa has no soft cap, which Gemma 2 needs"
-QUANTISED = "weights are not quantised in training (no 4 or 8 bit): give --lora-rank for less memory"
+QUANTISED = "only the frozen base of an adapter is quantised: --lora-rank with --base-bits"
 PLAIN_LORA = "adapters are plain LoRA: A and B, scaled by alpha / rank"
 RULE = "the optimizer is AdamW with one learning rate"
 BY_STRATEGY = "--gpus N starts the processes, and --strategy says how they hold the model"
@@ -225,10 +225,10 @@ NAMES: dict[str, ForeignName] = {
     "unfrozen_parameters": _missing(A, "all weights are trained, or an adapter (--lora-rank)"),
     "merge_lora": _same(A, "lora_output", how="merged or adapter"),
     # --- precision and memory ---
-    "load_in_4bit": _missing(f"{T}, {A} and {U}", QUANTISED),
-    "load_in_8bit": _missing(f"{T}, {A} and {U}", QUANTISED),
-    "quantization_bit": _missing(L, QUANTISED),
-    "bnb_4bit_quant_type": _missing(T, QUANTISED),
+    "load_in_4bit": _same(f"{T}, {A} and {U}", "base_bits", how="with --lora-rank", instead=QUANTISED),
+    "load_in_8bit": _same(f"{T}, {A} and {U}", "base_bits", how="with --lora-rank", instead=QUANTISED),
+    "quantization_bit": _same(L, "base_bits", how="with --lora-rank", instead=QUANTISED),
+    "bnb_4bit_quant_type": _unneeded(T, "4 bits are NF4"),
     "bf16": _unneeded(TAL, "bf16 is on where there is a GPU, with fp32 weights; --set trainer.bf16=false turns it off"),
     "fp16": _unneeded(TAL, "a GPU computes in bf16, which Gemma 2 needs: fp16 overflows"),
     "tf32": _unneeded(TRAINER, "a GPU computes in bf16, which TF32 does not touch"),

@@ -4,6 +4,8 @@ Prompts are read as a stream and answered in chunks: turn by turn, the requests 
 and every completion is in the journal before the next group is drawn. Chunks follow from the configuration alone, so a
 resumed run groups the same requests; answers in the journal are not asked for again. At most one chunk
 is in memory, in every pass.
+
+Of several processes rank 0 alone has the journal; at a resume it sends the others what the journal holds of a chunk.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Literal
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.progress import Progress, Task
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.rows import located
 from gemma2.posttrain.runs.generation_budget import PromptSource
 
@@ -33,11 +36,19 @@ class Answering:
     """One job: its prompts, the plan for each, the journal of the answers, and the number of requests in a chunk.
 
     Without `keep_ids` the journal holds no token ids; they are there for reward models that read them.
+    ranks: the processes that share the answers, each with an engine that gives all of them (`SamplerEngine`).
     """
 
     def __init__(
-        self, source: PromptSource, plan: DialoguePlan, journal: Journal, chunk: int, keep_ids: bool = False
+        self,
+        source: PromptSource,
+        plan: DialoguePlan,
+        journal: Journal,
+        chunk: int,
+        keep_ids: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.source = source
         self.plan = plan
         self.journal = journal
@@ -73,14 +84,15 @@ class Answering:
         with progress.task("generate", total=prompts * each, unit="completions") as bar:
             meter = _Meter(bar)
             saved = self._saved()
+            resumed = self.ranks.on_main(lambda: self.journal.size > 0)
             for dialogues in self._chunks():
-                known = next(saved, {})
+                known = self.ranks.on_main(lambda: next(saved, {})) if resumed else {}
                 meter.skip(len(known))
                 self._answer(engine, dialogues, known, meter)
                 meter.close(len(dialogues) * self.plan.drawn_turns)
 
     def dialogues(self) -> Iterator[list[Dialogue]]:
-        """The content of the journal of a finished job, chunk by chunk, prompt-major."""
+        """The content of the journal of a finished job, chunk by chunk, prompt-major; on rank 0, which has it."""
         for dialogues, known in zip(self._chunks(), self._saved(), strict=True):
             for _ in range(self.plan.drawn_turns):
                 for dialogue in dialogues:

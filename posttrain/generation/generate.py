@@ -35,13 +35,14 @@ from gemma2.posttrain.rewards.functions import load_function
 from gemma2.posttrain.runs.generation_budget import source_of
 from gemma2.posttrain.runs.inputs import model_name
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.together import together
 from gemma2.posttrain.schemas import GenerateConfig
 
 from .answers import Answering
 from .dialogues import EMPTY, Dialogue, DialoguePlan
 from .engines import load_engine
 from .engines.base import LENGTH, OVERLONG, STOP
-from .journal import Journal
+from .journal import journal_of
 from .scoring import Scored, scored
 
 if TYPE_CHECKING:
@@ -72,18 +73,20 @@ def run_generate(config: GenerateConfig, options: RunOptions, progress: Progress
     for name in config.reward_fn:
         load_function(name, "--reward-fn")  # a misspelt name shows before anything is drawn
     plan = DialoguePlan(config.n, config.seed, config.turns, config.user_instruction)
-    with open_run("generate", config, options) as run:
-        run.checkpoints.mkdir(exist_ok=True)
-        with Journal(run.checkpoints / "answers.jsonl") as journal:
-            with closing(load_engine(config, progress)) as engine:
+    with together(config) as ranks, open_run("generate", config, options, ranks=ranks) as run:
+        progress = progress if ranks.is_main else SILENT
+        with journal_of(run, "answers.jsonl") as journal:
+            with closing(load_engine(config, progress, ranks)) as engine:
                 ids = bool(config.reward)
                 source = source_of(config)
-                answering = Answering(source, plan, journal, engine.chunk, keep_ids=ids)
+                answering = Answering(source, plan, journal, engine.chunk, ids, ranks)
                 prompts = answering.check(engine, progress, config.on_overlong)
-                unread = source.reading.report(progress, run.path)
+                unread = source.reading.report(progress, run.path if ranks.is_main else None)
                 answering.run(engine, prompts, progress)
                 facts, chat = engine.facts(), engine.chat
             chunks = _judged(run, config, answering, chat, progress)
+            if not ranks.is_main:
+                return run.finish({"chunks": sum(1 for _ in chunks)})  # what rank 0 writes is its own
             return run.finish(_write(run.path, config, chunks, progress) | unread | facts)
 
 
@@ -110,7 +113,7 @@ def _judged(
 ) -> Iterator[Scored]:
     """The chunks of answers with their scores, all None where nothing judges. The engine's memory is free by now."""
     if not config.reward_terms:
-        for dialogues in answering.dialogues():
+        for dialogues in answering.dialogues() if run.ranks.is_main else ():
             yield [(dialogue, None) for dialogue in dialogues]
         return
     from gemma2.posttrain.rewards.terms import reward_score
@@ -123,7 +126,7 @@ def _judged(
 
         chat = ChatFormat(load_tokenizer(config.reward[0]))
     score = reward_score(config, chat, config.batch_size)  # type: ignore[arg-type]  # read with a reward model only
-    with Journal(run.checkpoints / "scores.jsonl") as journal:
+    with journal_of(run, "scores.jsonl") as journal:
         yield from scored(answering, journal, score, chat, lambda dialogue: _kept(dialogue, config), progress)
 
 

@@ -14,29 +14,48 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, parse_json
 from gemma2.posttrain.data.sources import to_line
+from gemma2.posttrain.runs.run_directory import Run
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "journal_of"]
 
 SUM = "crc32"
 END = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\n')
 
 
-class Journal:
-    """Starts or continues a journal; the file appears with the first record."""
+def journal_of(run: Run, name: str) -> Journal:
+    """The journal of that name of a run, in its checkpoints; of several processes rank 0 alone has it."""
+    if not run.ranks.is_main:
+        return Journal(None)
+    run.checkpoints.mkdir(exist_ok=True)
+    return Journal(run.checkpoints / name)
 
-    def __init__(self, path: Path) -> None:
+
+class Journal:
+    """Starts or continues a journal; the file appears with the first record.
+
+    One without a path keeps nothing: that of a process whose records rank 0 keeps.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.size = _whole(path)  # bytes of whole records
+        self.size = 0  # bytes of whole records
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
+        self.size = _whole(path)
         if path.exists() and path.stat().st_size > self.size:
             os.truncate(path, self.size)
         self._file = path.open("ab") if self.size else None
 
     def append(self, records: Iterable[JsonMapping]) -> None:
         """Write records and wait until the disk has them."""
+        if self.path is None:
+            return
         lines = b"".join(_summed(to_line(record)) for record in records)
         if not lines:
             return
@@ -51,7 +70,7 @@ class Journal:
     def records(self) -> Iterator[JsonObject]:
         """The records at the start of the iteration, in order; records that are appended meanwhile do not appear."""
         left = self.size
-        if not left:
+        if not left or self.path is None:
             return
         with self.path.open("rb") as file:
             while left > 0:

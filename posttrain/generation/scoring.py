@@ -1,13 +1,15 @@
 """Scores for answered prompts, chunk by chunk, with a separate journal: a reward model reads each answer once.
 
 The score of a conversation is that of its last model turn, given everything before it.
+
+Several processes are dealt the chunks in turns, whole ones, so that the same rows share a batch with any number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import TYPE_CHECKING
 
 from gemma2.core.errors import InputError
@@ -38,15 +40,21 @@ def scored(
 
     `chat` gives token ids: that of the engine, or the reward model's own where a server answered; None for functions
     that read text. A chunk is scored as a whole, so that a resumed run puts the same rows into the same batches.
+    Every rank of the job must walk all of it; journal and dialogues are those of rank 0.
     """
+    ranks = answering.ranks
     known = (record["scores"] for record in journal.records())
+    chunks = zip(answering.dialogues(), chain(known, repeat(None))) if ranks.is_main else iter(())  # noqa: B905 - endless
     with progress.task("score", total=None, unit="completions") as bar:
-        for dialogues, values in zip(answering.dialogues(), chain(known, repeat(None))):  # noqa: B905 - endless
-            if values is None:
-                values = _score(dialogues, score, chat, wanted)
-                journal.append([{"scores": values}])
-            bar.advance(len(dialogues))
-            yield list(zip(dialogues, values, strict=True))
+        while several := ranks.on_main(lambda: list(islice(chunks, ranks.size))):
+            missing = [dialogues for dialogues, values in several if values is None]
+            scores = ranks.dealt(missing, lambda dialogues: _score(dialogues, score, chat, wanted))
+            for dialogues, values in several:
+                found = next(scores) if values is None else values
+                if values is None:
+                    journal.append([{"scores": found}])
+                bar.advance(len(dialogues))
+                yield list(zip(dialogues, found, strict=True))
 
 
 def _score(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from gemma2.core import errors
 from gemma2.core.errors import Gemma2Error, InputError, UsageError
 from gemma2.core.interrupts import OF_RANKS, Signals
-from gemma2.core.ranks import FOLDER, LastWord, last_words
+from gemma2.core.ranks import FOLDER, LAUNCHER, LastWord, last_words
 from gemma2.posttrain.runs.machine import CHOICE
 
 from .nodes import Meeting
@@ -108,11 +108,11 @@ def run_processes(processes: Processes) -> int:
 
     with tempfile.TemporaryDirectory(prefix="gemma2-launch-") as name:
         folder = Path(name)
-        os.environ[FOLDER] = name
+        os.environ |= {FOLDER: name, LAUNCHER: str(os.getpid())}
         os.environ[CHOICE] = ",".join(processes.keys)
         os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // len(processes.keys))))
         logging.disable(logging.CRITICAL)  # of the launcher; the processes are others
-        Signals.grace = OF_RANKS
+        Signals.least = OF_RANKS
         try:
             elastic_launch(_settings(processes, folder), sys.executable)(*WORKER, *processes.words)
             return 0
@@ -126,7 +126,7 @@ def run_processes(processes: Processes) -> int:
             raise _no_meeting(processes.meeting, error) from error
         finally:
             logging.disable(logging.NOTSET)
-            del os.environ[FOLDER]
+            del os.environ[FOLDER], os.environ[LAUNCHER]
 
 
 def _settings(processes: Processes, folder: Path) -> LaunchConfig:

@@ -30,6 +30,7 @@ from .strategy import needed_on_one
 
 __all__ = ["devices", "started"]
 
+ORDER = "CUDA_DEVICE_ORDER"
 COUNT = "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
 
 
@@ -74,7 +75,17 @@ def started(config: Config, words: Sequence[str], progress: Progress) -> int | N
     if count * config.nodes == 1:
         _narrow(gpus)
         return None
+    number_as_the_driver()
     return run_processes(Processes(tuple(words), tuple(gpu.key for gpu in gpus[:count]), meeting))
+
+
+def number_as_the_driver() -> None:
+    """Let CUDA number GPUs as the driver's tool lists them; without this the fastest one is number 0.
+
+    Numbers that the user has given keep their meaning.
+    """
+    if CHOICE not in os.environ:
+        os.environ.setdefault(ORDER, "PCI_BUS_ID")
 
 
 def _check_engine(config: LaunchFields) -> None:
@@ -130,6 +141,7 @@ def _as_needed(config: LaunchFields, gpus: Sequence[Gpu], progress: Progress) ->
 
 def _narrow(gpus: Sequence[Gpu]) -> None:
     """Leave this process one GPU, that with most free memory, if it sees several."""
+    number_as_the_driver()
     if len(gpus) > 1:
         best = max(gpus, key=lambda gpu: -1.0 if math.isnan(gpu.memory.free) else gpu.memory.free)
         os.environ[CHOICE] = best.key

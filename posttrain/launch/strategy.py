@@ -51,8 +51,8 @@ def strategy_of(config: StrategyFields, ranks: Ranks, progress: Progress = SILEN
         return "fsdp"
     if ranks.size == 1:
         return "one"
-    if config.strategy == "ddp":
-        return "ddp"
+    if config.strategy == "ddp" or getattr(config, "base_bits", None) is not None:
+        return "ddp"  # weights in few bits are not divided
     return ranks.on_main(lambda: _decided(config, ranks.size, progress))
 
 

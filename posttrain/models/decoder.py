@@ -27,13 +27,13 @@ from transformers.cache_utils import Cache
 from .attention import layer_masks
 from .decoder_blocks import ACTIVATIONS, Layer, Norm
 from .head import HALF, states_of_head, wide_linear
-from .lora import adapters_are_products
+from .lora import adapters_are_products, plain_class
 from .protocols import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["StepDecoder", "precision"]
+__all__ = ["DecodingWeights", "StepDecoder", "precision"]
 
 FAMILIES = (Gemma2ForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 ROTATIONS = ("default", "linear", "llama3", "yarn")  # kinds of rope whose angles do not depend on the length
@@ -41,20 +41,43 @@ WIDE = 16384  # tokens from which a vocabulary counts as wide
 WIDENED = 2**27  # elements of a head of half precision, up to which a CPU keeps a copy of it in fp32: 512 MiB
 
 
-class StepDecoder:
-    """Decodes with one model from a prefilled cache while its weights do not change. `length`: columns at most."""
+class DecodingWeights:
+    """The weights of a model as decoding reads them. Made once for all batches of a rollout, and dropped after it.
 
-    def __init__(self, model: Gemma2ForCausalLM | LlamaForCausalLM, length: int) -> None:
-        self.model = model
-        self.config = model.config
+    Under autocast they are copies in its dtype, products of adapters added in fp32 before they are rounded; else the
+    weights of the model where nothing has to be added to them. They are out of date once the model has learned.
+    """
+
+    def __init__(self, model: Gemma2ForCausalLM | LlamaForCausalLM) -> None:
         dtype = precision(model)
         self.layers = [Layer(layer, _activation(model.config), dtype) for layer in model.model.layers]
-        self.kinds = getattr(model.config, "layer_types", None) or [""] * len(self.layers)
         self.norm = Norm(model.model.norm, isinstance(model, Gemma2ForCausalLM))
+        self.head = _head_weight(model.lm_head.weight, dtype)
+
+    @classmethod
+    def of(cls, model: CausalLM) -> DecodingWeights | None:
+        """The weights of a model that `StepDecoder` takes; None for another one."""
+        return cls(model) if StepDecoder.fits(model) else None
+
+
+class StepDecoder:
+    """Decodes with one model from a prefilled cache while its weights do not change.
+
+    length: columns at most; weights: those of the model, if they were prepared before.
+    """
+
+    def __init__(
+        self,
+        model: Gemma2ForCausalLM | LlamaForCausalLM,
+        length: int,
+        weights: DecodingWeights | None = None,
+    ) -> None:
+        self.model = model
+        self.config = model.config
+        prepared = DecodingWeights(model) if weights is None else weights
+        self.layers, self.norm, self.head = prepared.layers, prepared.norm, prepared.head
+        self.kinds = getattr(model.config, "layer_types", None) or [""] * len(self.layers)
         self.cos, self.sin = self._rotations(length)
-        weight = model.lm_head.weight
-        widens = weight.device.type == "cpu" and weight.dtype in HALF and weight.numel() <= WIDENED
-        self.head = weight.float() if widens else weight  # else for every token again
 
     @staticmethod
     def fits(model: CausalLM) -> bool:
@@ -63,7 +86,7 @@ class StepDecoder:
         Linear layers may have LoRA adapters; the decoder works on copies of the weights with their products added.
         """
         return (
-            type(model) in FAMILIES
+            plain_class(model) in FAMILIES
             and _activation(model.config) in ACTIVATIONS
             and model.config.rope_parameters.get("rope_type") in ROTATIONS
             and adapters_are_products(model)
@@ -102,6 +125,13 @@ def precision(model: CausalLM) -> torch.dtype:
     device = model.device.type
     asked: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     return asked
+
+
+def _head_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head in the dtype of its products, which would else be converted for every token (`wide_linear`)."""
+    if weight.device.type != "cpu":
+        return weight.to(dtype)
+    return weight.float() if weight.dtype in HALF and weight.numel() <= WIDENED else weight
 
 
 def _activation(config: PreTrainedConfig) -> str:

@@ -12,7 +12,7 @@ Queries and keys of Qwen 3 are normalised per head before they are rotated. Line
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import KvLayer
-from .lora import bias_of, weight_of
+from .lora import bias_of, is_quantised, weight_of
 
 if TYPE_CHECKING:
     from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RMSNorm
@@ -66,22 +66,56 @@ class Norm:
         return (wide * shrink).mul_(self.scale).to(x.dtype)
 
 
-class Layer:
-    """One block: q, k and v weights concatenated, the other weights from the module; products of adapters are added.
+class _Copied:
+    """x W.T + b of one linear layer or of several with the same input, as one product. Products of adapters are added.
 
-    dtype: of the products. Where that is narrower than the model, a copy of the weights is kept: the residual stream
-    stays as wide as the model, as under autocast, which would convert all weights again for every token.
+    Where `dtype` is narrower than the model a copy of the weights is kept, which autocast would make for every token.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+        weights = [weight_of(linear).to(dtype) for linear in linears]
+        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        found = [bias_of(linear) for linear in linears]
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in found):
+            zeros = (self.weight.new_zeros(linear.out_features) for linear in linears)
+            self.bias = torch.cat([zero if bias is None else bias for zero, bias in zip(zeros, found, strict=True)])
+            self.bias = self.bias.to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class _Quantised:
+    """The same of layers in 4 or 8 bits: each computes for itself, its adapter next to it.
+
+    A copy of all weights would take the memory that few bits save.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.linears = linears
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([linear(x) for linear in self.linears], -1) if len(self.linears) > 1 else self.linears[0](x)
+
+
+def _product(linears: Sequence[nn.Linear], dtype: torch.dtype) -> _Copied | _Quantised:
+    return _Quantised(linears) if any(map(is_quantised, linears)) else _Copied(linears, dtype)
+
+
+class Layer:
+    """One block: q, k and v are one product where their weights are not quantised.
+
+    dtype: of the products. The residual stream stays as wide as the model, as under autocast.
     """
 
     def __init__(self, layer: Gemma2DecoderLayer | LlamaDecoderLayer, activation: str, dtype: torch.dtype) -> None:
         self.attention, mlp = layer.self_attn, layer.mlp
         self.dtype = dtype
-        qkv = [getattr(self.attention, f"{name}_proj") for name in "qkv"]
-        self.qkv, self.qkv_bias = torch.cat([weight_of(linear).to(dtype) for linear in qkv]), _biases(qkv, dtype)
-        self.out, self.out_bias = _of(self.attention.o_proj, dtype)
-        self.gate, self.gate_bias = _of(mlp.gate_proj, dtype)
-        self.up, self.up_bias = _of(mlp.up_proj, dtype)
-        self.down, self.down_bias = _of(mlp.down_proj, dtype)
+        self.qkv = _product([getattr(self.attention, f"{name}_proj") for name in "qkv"], dtype)
+        self.out = _product([self.attention.o_proj], dtype)
+        self.gate, self.up = _product([mlp.gate_proj], dtype), _product([mlp.up_proj], dtype)
+        self.down = _product([mlp.down_proj], dtype)
         self.activation = ACTIVATIONS[activation]
         after = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2 also normalises what a sublayer returns
         self.before_attention = Norm(layer.input_layernorm, after)
@@ -103,13 +137,12 @@ class Layer:
         attended = self._attend(self.before_attention(hidden).to(self.dtype), cos, sin, mask, kv)
         hidden = hidden + (attended if self.after_attention is None else self.after_attention(attended))
         inner = self.before_mlp(hidden).to(self.dtype)
-        gate = self.activation(F.linear(inner, self.gate, self.gate_bias))
-        down = F.linear(gate.mul_(F.linear(inner, self.up, self.up_bias)), self.down, self.down_bias)
+        down = self.down(self.activation(self.gate(inner)).mul_(self.up(inner)))
         return hidden + (down if self.after_mlp is None else self.after_mlp(down))
 
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: KvLayer) -> Tensor:
         rows, head_dim, kv_heads = x.shape[0], self.attention.head_dim, self.kv_heads
-        heads = F.linear(x, self.qkv, self.qkv_bias).view(rows, -1, head_dim)  # (B, heads + 2 kv_heads, head_dim)
+        heads = self.qkv(x).view(rows, -1, head_dim)  # (B, heads + 2 kv_heads, head_dim)
         rotating = heads[:, :-kv_heads]
         if self.of_queries is not None and self.of_keys is not None:
             query, key = rotating[:, :-kv_heads], rotating[:, -kv_heads:]
@@ -126,19 +159,4 @@ class Layer:
         else:
             weights = weights.mul_(self.attention.scaling / self.cap).tanh_().mul_(self.cap).add_(mask)
         weights = torch.softmax(weights, -1, dtype=torch.float32).to(values.dtype)
-        return F.linear(torch.matmul(weights, values).view(rows, -1).to(self.dtype), self.out, self.out_bias)
-
-
-def _of(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear layer in a dtype."""
-    bias = bias_of(linear)
-    return weight_of(linear).to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _biases(linears: list[nn.Linear], dtype: torch.dtype) -> Tensor | None:
-    """The biases of layers whose weights are concatenated; None if none of them has one."""
-    found = [bias_of(linear) for linear in linears]
-    if all(bias is None for bias in found):
-        return None
-    zeros = (weight_of(linear).new_zeros(linear.out_features) for linear in linears)
-    return torch.cat([zero if bias is None else bias for zero, bias in zip(zeros, found, strict=True)]).to(dtype)
+        return self.out(torch.matmul(weights, values).view(rows, -1).to(self.dtype))

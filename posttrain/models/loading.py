@@ -196,16 +196,21 @@ def load_reward_model(
 
 
 def init_reward_model(
-    path: Path, seed: int, dtype: torch.dtype = torch.float32, attention: Attention = "eager"
+    path: Path,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    attention: Attention = "eager",
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Build a reward model on the backbone of a language model; the head is drawn from `seed` (WARM, section 2)."""
-    kernel = chosen_kernel(attention, path, dtype, default_device())
+    device = device or default_device()
+    kernel = chosen_kernel(attention, path, dtype, device)
     torch.manual_seed(seed)
     missing = ("score.",)
     model = _load(AutoModelForSequenceClassification, path, dtype, missing, kernel, num_labels=1)
     tokenizer = load_tokenizer(path)
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(default_device()), tokenizer
+    return model.to(device), tokenizer
 
 
 def save_model(model: Network, tokenizer: Tokenizer, directory: Path) -> None:
@@ -238,7 +243,7 @@ def quiet_libraries() -> None:
     """Turn off the libraries' progress bars and warnings; the commands show their own."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in ("trl", "accelerate", "datasets", "peft"):
+    for name in ("trl", "accelerate", "datasets", "peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
 

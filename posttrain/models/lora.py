@@ -7,15 +7,17 @@ The output is the plain model with the products added to its weights, or the ada
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.data.tokenizer import Tokenizer
+from gemma2.posttrain.quantisation.quantised_linear import QuantisedLinear, dequantised
 from gemma2.posttrain.schemas import LoraFields
 from gemma2.posttrain.schemas.config import closest
 
@@ -31,9 +33,11 @@ __all__ = [
     "adapters_are_products",
     "bias_of",
     "check_targets",
+    "is_quantised",
     "lora_config",
     "merged",
     "merged_copy",
+    "plain_class",
     "plain_model",
     "save_adapter",
     "sharing_copy",
@@ -82,7 +86,10 @@ def check_targets(config: LoraFields, model: Network) -> None:
 
 
 def merged(model: N) -> N:
-    """Return the plain model with the LoRA products added to its weights, in the dtype of the weights."""
+    """Return the plain model with the LoRA products added to its weights, in place and in the dtype of the weights.
+
+    Not for a base in fewer bits than its directory has: `adapters/merged_output.py` reads that one again.
+    """
     plain: N = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     return plain
 
@@ -91,6 +98,14 @@ def plain_model(model: N) -> N:
     """Return the model inside peft's wrapper; its layers include the adapters."""
     plain: N = model.get_base_model() if hasattr(model, "get_base_model") else model
     return plain
+
+
+def plain_class(model: object) -> type:
+    """The class of a model as it was before its weights were divided, which puts a subclass in its place."""
+    kind = type(model)
+    if not isinstance(model, FSDPModule):
+        return kind
+    return next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
 
 
 def adapted_weights(model: Network) -> Iterator[tuple[str, Tensor]]:
@@ -107,12 +122,12 @@ def weight_of(linear: nn.Linear) -> Tensor:
     """Return the weight of a linear layer, with the product of its adapter added if it has one, in the same dtype.
 
     An adapter whose B is still 0 adds nothing: the weight itself is returned, so that the check before the first step
-    does not copy the whole model.
+    does not copy the whole model. A quantised weight is formed anew.
     """
     if not hasattr(linear, "lora_A"):
-        return linear.weight
+        return dequantised(linear)
     adapted: LoraLayer = linear
-    weight: Tensor = adapted.get_base_layer().weight
+    weight: Tensor = dequantised(adapted.get_base_layer())
     (adapter,) = adapted.active_adapters
     return _product_added(adapted, weight.dtype) if adapted.lora_B[adapter].weight.any() else weight
 
@@ -128,9 +143,17 @@ def bias_of(linear: nn.Linear) -> Tensor | None:
 
 def _product_added(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
     (adapter,) = layer.active_adapters
-    weight: Tensor = layer.get_base_layer().weight.detach().float()
+    weight: Tensor = dequantised(layer.get_base_layer()).detach().float()
     product: Tensor = layer.get_delta_weight(adapter).detach().float()
     return (weight + product).to(dtype)
+
+
+def is_quantised(linear: nn.Linear) -> bool:
+    """Whether a linear layer, with or without an adapter, keeps its weight in 4 or 8 bits."""
+    if not hasattr(linear, "lora_A"):
+        return isinstance(linear, QuantisedLinear)
+    adapted: LoraLayer = linear
+    return isinstance(adapted.get_base_layer(), QuantisedLinear)
 
 
 def adapters_are_products(model: Network) -> bool:
@@ -168,14 +191,28 @@ def with_weights(base: N, weights: Iterable[tuple[str, Tensor]]) -> N:
     """Return a model that shares everything with `base` except these weights, given by name."""
     plain = sharing_copy(base)
     for name, weight in weights:
-        module, _, leaf = name.rpartition(".")
-        setattr(plain.get_submodule(module), leaf, torch.nn.Parameter(weight, requires_grad=False))
+        path, _, leaf = name.rpartition(".")
+        module, value = plain.get_submodule(path), torch.nn.Parameter(weight, requires_grad=False)
+        if isinstance(module, QuantisedLinear):
+            parent, _, last = path.rpartition(".")
+            setattr(plain.get_submodule(parent), last, _linear(value, module.bias))
+        else:
+            setattr(module, leaf, value)
     return plain
 
 
-def save_adapter(model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path) -> None:
-    """Write the adapter in peft's layout, and the tokenizer it was trained with."""
-    model.save_pretrained(directory)
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    linear.register_parameter("bias", bias)
+    return linear
+
+
+def save_adapter(
+    model: CausalLM | PeftModel, tokenizer: Tokenizer, directory: Path, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the adapter in peft's layout, and its tokenizer. state: its tensors by name; default: those of `model`."""
+    model.save_pretrained(directory, **({} if state is None else {"state_dict": dict(state)}))
     save_tokenizer(tokenizer, directory)
     open_to_readers(directory)
     (directory / "README.md").unlink(missing_ok=True)  # peft's model card, an empty form

@@ -30,7 +30,7 @@ from torch import Tensor
 from gemma2.core.errors import InputError
 
 from .attention import additive, empty_cache, layer_masks, padded_masks, taking_masks
-from .decoder import StepDecoder, precision
+from .decoder import DecodingWeights, StepDecoder, precision
 from .head import last_logits
 from .protocols import CausalLM, Network
 
@@ -94,10 +94,12 @@ def sample(
         uniforms = random_numbers(len(prompts) * params.n, params, generator)
     rows: dict[int, tuple[list[int], list[float], bool]] = {}
     with evaluating(model):
+        weights = DecodingWeights.of(model)
         for batch in length_batches([len(prompt) for prompt in prompts], max(1, batch_size // params.n)):
             slots = [index * params.n + k for index in batch for k in range(params.n)]
             asked = [prompts[slot // params.n] for slot in slots]
-            rows.update(zip(slots, decode(model, asked, params, stop_ids, pad_id, uniforms[slots]), strict=True))
+            drawn = decode(model, asked, params, stop_ids, pad_id, uniforms[slots], weights=weights)
+            rows.update(zip(slots, drawn, strict=True))
     ordered = [rows[slot] for slot in range(len(rows))]
     return Completions(
         ids=[ids for ids, _, _ in ordered],
@@ -141,28 +143,23 @@ def decode(
     pad_id: int,
     uniforms: Tensor,
     ends: Ends | None = None,
+    weights: DecodingWeights | None = None,
 ) -> list[tuple[list[int], list[float], bool]]:
     """Decode one batch: (ids, logps, truncated) for each prompt; repeated prompts are prefilled once.
 
     uniforms: (rows, max_new) float64 in [0, 1), the random numbers of each row. `params.n` is not read.
     ends: whether a row is complete, by its ids so far; asked after every token, next to the stop ids.
+    weights: those of the model for decoding, if they serve several batches; default: they are made for this one.
     """
     with taking_masks(model):
-        return _decode(model, prompts, params, stop_ids, pad_id, uniforms, ends)
+        batch = _Batch(model, prompts, params, pad_id, weights)
+        return _decode(batch, params, stop_ids, pad_id, uniforms.to(model.device), ends)
 
 
 def _decode(
-    model: CausalLM,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-    stop_ids: Sequence[int],
-    pad_id: int,
-    uniforms: Tensor,
-    ends: Ends | None,
+    batch: _Batch, params: SamplingParams, stop_ids: Sequence[int], pad_id: int, uniforms: Tensor, ends: Ends | None
 ) -> list[tuple[list[int], list[float], bool]]:
-    device = model.device
-    uniforms = uniforms.to(device)
-    batch = _Batch(model, prompts, params, pad_id)
+    model, device = batch.model, uniforms.device
     stops = torch.zeros(int(model.config.vocab_size), dtype=torch.bool, device=device)
     stops[torch.tensor([i for i in stop_ids if i < len(stops)], dtype=torch.long, device=device)] = True
     tokens = torch.full(uniforms.shape, pad_id, dtype=torch.long, device=device)  # (rows, max_new)
@@ -289,7 +286,14 @@ def _most_probable(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 class _Batch:
     """The rows that are still being decoded: cache, padding mask, positions and the logits of the next token."""
 
-    def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]], params: SamplingParams, pad_id: int) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        pad_id: int,
+        weights: DecodingWeights | None = None,
+    ) -> None:
         self.model = model
         self.cache = empty_cache(model.config, precision(model))
         groups = dict.fromkeys(map(tuple, prompts))
@@ -307,7 +311,7 @@ class _Batch:
         self.logits = logits[source]  # (rows, V) fp32
         self.position = (self.length - padding)[source]  # (rows,) of the next token
         self.mask = additive(visible[:, None, None], model.dtype)[source]  # (rows, 1, 1, all columns)
-        self.decoder = StepDecoder(model, len(columns)) if StepDecoder.fits(model) else None
+        self.decoder = StepDecoder(model, len(columns), weights) if weights or StepDecoder.fits(model) else None
 
     def step(self, tokens: Tensor) -> None:
         """Feed one token (B,) to every row."""

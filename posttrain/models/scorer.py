@@ -15,7 +15,7 @@ masks, without the T^2 scores and masks of eager attention, and flash attention 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -30,6 +30,7 @@ from .protocols import CausalLM, Network
 from .sampler import evaluating, length_batches
 
 __all__ = [
+    "Pace",
     "correlation",
     "head_in_one_pass",
     "head_logps",
@@ -44,6 +45,8 @@ __all__ = [
 
 CHUNK = 2**24  # logits held at once: 64 MiB in fp32
 PART_TOKENS = 2048  # per forward pass on a CPU: a layer's activations fit in the caches, measured (bench/sft.py)
+# What turns a list of batches into those with as many None between or behind them as other processes have more.
+Pace = Callable[[Sequence[list[int]]], Iterable[list[int] | None]]
 PART_COST = 256  # tokens that cost as much as one more forward pass, measured (bench/rlhf.py)
 
 
@@ -72,18 +75,33 @@ def token_logps(
 
 
 def hidden_states(
-    model: Network, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int
+    model: Network,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    batch_size: int,
+    pace: Pace | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (indices, last hidden states (B, T, d)) in batches of similar length, padded on the right."""
+    """Yield (indices, last hidden states (B, T, d)) in batches of similar length, padded on the right.
+
+    pace: the batches in step with other processes; for None a forward pass of one token runs, and nothing is yielded.
+    """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    for whole in length_batches([len(row) for row in rows], batch_size):
-        lengths = [len(rows[i]) for i in whole]
-        parts = similar_rows(lengths) if model.device.type == "cpu" else [list(range(len(whole)))]
-        for part in parts:
-            batch = [whole[j] for j in part]
-            width = max(lengths[j] for j in part)
-            ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in batch], device=model.device)
-            yield batch, last_hidden_states(model, ids)
+    batches = _similar_batches([len(row) for row in rows], batch_size, model.device.type)
+    for batch in batches if pace is None else pace(batches):
+        if batch is None:
+            last_hidden_states(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+            continue
+        width = max(len(rows[i]) for i in batch)
+        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in batch], device=model.device)
+        yield batch, last_hidden_states(model, ids)
+
+
+def _similar_batches(lengths: Sequence[int], batch_size: int, device: str) -> list[list[int]]:
+    """Return the batches of `length_batches`; on a CPU rows of each that are not similar are in separate ones."""
+    batches = list(length_batches(lengths, batch_size))
+    if device != "cpu":
+        return batches
+    return [[batch[j] for j in part] for batch in batches for part in similar_rows([lengths[i] for i in batch])]
 
 
 def similar_rows(lengths: Sequence[int], tokens: int = PART_TOKENS, cost: int = PART_COST) -> list[list[int]]:

@@ -18,8 +18,9 @@ from gemma2.core.json_files import JsonObject, load_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ
 from gemma2.posttrain.launch.agreement import divides
-from gemma2.posttrain.launch.strategy import needed_on
-from gemma2.posttrain.planning.memory import SPARE
+from gemma2.posttrain.planning.estimates import Sources
+from gemma2.posttrain.planning.memory import SPARE, Lengths, memory_of, place_for
+from gemma2.posttrain.planning.named_models import NOTHING, sizes_of
 from gemma2.posttrain.reports.headline import SINGLE, rows_of
 from gemma2.posttrain.rewards.functions import load_function
 from gemma2.posttrain.runs.machine import Gpu, visible_devices
@@ -102,11 +103,13 @@ def with_gpus(config: WarpConfig, gpus: Sequence[Gpu], progress: Progress = SILE
         return config
     stage = warp_stages(config)["iteration-1/policy-1"]
     least = min(sizes)
+    models = sizes_of(NOTHING, Sources())
     for count in range(1, len(sizes) + 1):
         with suppress(Gemma2Error):
             policy = validated(RlhfConfig, dict(stage.options))
-            needed = needed_on(policy, count, least, sharded=count > 1 and policy.strategy != "ddp")
-            if divides(policy, count) and needed <= (1 - SPARE) * least:
+            place = place_for(policy, models, Lengths(), "accelerator", least, count)
+            plan = memory_of(policy, models, place)
+            if plan is not None and plan.peak.bytes <= (1 - SPARE) * least and divides(policy, count):
                 if count > 1:
                     progress.note(f"each RL run gets {count} of {len(gpus)} GPUs: the fewest that it fits by the plan")
                 return config.model_copy(update={"gpus_per_policy": count})

@@ -57,6 +57,9 @@ class Trained:
     embedding  memory of the gradient of the embedding; none if it is frozen
     tied       whether the output head shares the embedding
     records    bytes that are kept of the start, to see how far the weights moved
+    item       bytes of an element of the weights as they are loaded
+    formed     bytes of the matrix of a quantised base that a product is formed with; 0: the base is not quantised
+    unpacked   bytes of the base before it was quantised, where it is loaded to the same memory
     """
 
     network: NetworkInUse
@@ -66,6 +69,9 @@ class Trained:
     embedding: Bytes
     tied: bool
     records: float
+    item: float = 4.0
+    formed: float = 0.0
+    unpacked: float = 0.0
 
     def state(self) -> Sum:
         """Weights, the optimizer's moments (Adam, fp32), and the records of the start."""
@@ -73,6 +79,7 @@ class Trained:
             ("weights", Bytes(self.weights)),
             ("optimizer", Bytes(8 * self.elements)),
             ("records of the start", Bytes(self.records)),
+            ("dequantised matrix", Bytes(self.formed)),
         ]
 
 
@@ -107,15 +114,20 @@ def trained(
         adapted=len(shape.adapted(config.lora_targets)) if rank else 0,
     )
     embedding = blocks(4.0 * shape.embedding)
+    item = dtype_bytes(str(getattr(config, "dtype", "auto")), place) if rank else 4.0
+    base = shape.parameters * item if config.base_bits is None else shape.quantised_bytes(config.base_bits, item)
     return Trained(
         network,
-        weights=((2 if rank and accelerated else 4) * shape.parameters + 4 * adapters) * share,
+        weights=(base + 4 * adapters) * share,
         elements=(adapters if rank else shape.parameters) * share,
         gradients=(Bytes(0.0, 4 * adapters, 4 * adapters) if rank else _gradients(shape)) * share,
         # Divided weights are gathered with their gradients (`gathered`): the two of the embedding among them.
         embedding=Bytes() if rank or place.full_shard else embedding,
         tied=shape.tied and not shape.outputs,
         records=0.0 if rank else 8 * _sampled(shape),
+        item=item,
+        formed=item * shape.largest_matrix() if config.base_bits else 0.0,
+        unpacked=item * shape.parameters if config.base_bits and not accelerated else 0.0,
     )
 
 
@@ -199,10 +211,11 @@ def training(
     if place.full_shard and network.trained:
         moments.append(Moment(name, [*always, *gathered(shape, item, place, "end"), ("gradients", one.gradients)]))
     # Before the first step decoding is compared with the forward pass (forward_check.py); new adapters add nothing yet.
-    copies = Bytes() if shape.outputs else decoding_copies(shape, 4)
+    copies = Bytes() if shape.outputs or one.formed else decoding_copies(shape, one.item)
     start: Sum = [
         *base,
         ("weights", Bytes(one.weights)),
+        ("weights before they are quantised", Bytes(one.unpacked)),
         ("records of the start", Bytes(one.records)),
         ("copies of weights for decoding", copies),
     ]
@@ -286,16 +299,21 @@ def rows_of_each(batch: int, place: MemoryPlace) -> int:
     return max(1, batch // place.devices)
 
 
-def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int, place: MemoryPlace) -> Moment:
+def generating(
+    one: Trained, base: Sum, rows: int, prompt: int, new: int, place: MemoryPlace, lent: bool = False
+) -> Moment:
     """Return the moment in which a model in training answers prompts: its cache, logits, and copies of its weights.
 
-    Divided weights are gathered for the whole of it.
+    Divided weights are gathered for the whole of it. lent: to a plain model, products of adapters added.
     """
     shape, item = one.network.shape, 2 if one.network.mixed else 4
     prefill = replace(one.network, attention="eager", checkpointing=False).forward_bytes(RowBatch(rows, prompt))
     # Under autocast every matrix is converted once; the products of adapters are added to copies.
     whole = place.full_shard
-    copies = decoding_copies(shape, item, every=not one.network.trained or (one.network.mixed and not whole))
+    every = (one.network.mixed and not whole) or not (one.network.trained or (lent and whole))
+    copies = Bytes() if one.formed else decoding_copies(shape, item, every)
+    if one.network.mixed and one.network.trained and not shape.outputs:  # the head as well
+        copies += blocks(2.0 * shape.embedding)
     parts: Sum = [
         *base,
         *one.state(),
@@ -308,13 +326,13 @@ def generating(one: Trained, base: Sum, rows: int, prompt: int, new: int, place:
     return Moment("generate", parts)
 
 
-def decoding_copies(shape: ModelShape, item: int, every: bool = False) -> Bytes:
+def decoding_copies(shape: ModelShape, item: float, every: bool = False) -> Bytes:
     """Memory of the weights that decoding joins, those of queries, keys and values; of all of them if `every`."""
     queries, keys = shape.heads * shape.head_dim, shape.groups * shape.head_dim
-    found = blocks(float(item) * shape.hidden * (queries + 2 * keys), shape.layers)
+    found = blocks(item * shape.hidden * (queries + 2 * keys), shape.layers)
     others = [size for name, size in shape.linear_layers().items() if name[0] not in "qkv"]
     for inputs, outputs in others if every else []:
-        found += blocks(float(item) * inputs * outputs, shape.layers)
+        found += blocks(item * inputs * outputs, shape.layers)
     return found
 
 

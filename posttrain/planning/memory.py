@@ -81,8 +81,10 @@ def memory_of(config: Config, shapes: Sizes, place: MemoryPlace, lengths: Length
 
 
 def processes_of(config: Config) -> int:
-    """Return the number of processes that the flags ask for; the stages of WARP are one each."""
-    if not isinstance(config, LaunchFields) or isinstance(config, WarpConfig):
+    """Return the number of processes that the flags ask for, of WARP those of one RL run."""
+    if isinstance(config, WarpConfig):
+        return (config.gpus_per_policy or 1) * config.nodes
+    if not isinstance(config, LaunchFields):
         return 1
     return (config.gpus or 1) * config.nodes
 
@@ -104,7 +106,7 @@ def place_for(
     divided = MemoryPlace(kind, count, True, capacity)
     if config.strategy == "fsdp":
         return divided
-    if config.strategy == "ddp" or count == 1:
+    if config.strategy == "ddp" or count == 1 or getattr(config, "base_bits", None) is not None:
         return whole
     plan = memory_of(config, shapes, whole, lengths)
     fits = plan is not None and plan.peak.bytes <= (1 - SPARE) * capacity

@@ -121,6 +121,7 @@ def _row(verdict: Verdict) -> JsonObject:
         "fits": verdict.fits,
         "largest_micro_batch": verdict.micro_batch if verdict.fits else None,
         "flags": " ".join(verdict.flags) or None,
+        "fewest_gpus": verdict.gpus,
         "then_gib": None if verdict.needed_then is None else _gib(verdict.needed_then),
     }
 

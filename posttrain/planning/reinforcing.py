@@ -17,7 +17,6 @@ from .learning import (
     Trained,
     chunk_logits,
     dtype_bytes,
-    gathered,
     generating,
     kernel_on,
     resident,
@@ -112,14 +111,16 @@ def rl_moments(
     width = prompt + config.max_new_tokens
     # A group is never split, so a batch of the sampler holds at least one.
     drawn = max(config.n, micro // config.n * config.n)
-    generate = generating(one, base, drawn, prompt, config.max_new_tokens, place)
+    generate = generating(one, base, drawn, prompt, config.max_new_tokens, place, lent=True)
     if config.engine == "vllm" and config.vllm_mode == "colocate":
         held = Bytes(config.vllm_memory * place.capacity)
         generate = Moment("generate", [*base, *one.state(), ("vLLM", held)])
     scorers = [reading(path, sizes, place, config.attention, network.mixed) for path in config.reward]
     scorers.append(replace(network, attention=kernel_on(place, config.attention)))
-    widest = max((one.shape for one in scorers), key=lambda shape: shape.embedding)
-    passed = gathered(widest, 2 if network.mixed else 4, place, "forward")
+    passed: Sum = []
+    if place.full_shard:  # what scores is lent its weights, whole (sharding/lending.py), one model after the other
+        largest = max(one.shape.parameters for one in scorers)
+        passed = [("gathered weights", Bytes((2 if network.mixed else 4) * largest))]
     score = scoring([*measured, *base, *one.state(), *passed], scorers, RowBatch(micro, width), place, both=True)
     batch = (
         cpu_parts(RowBatch(micro, width), PART_TOKENS) if network.attention == "blockwise" else RowBatch(micro, width)

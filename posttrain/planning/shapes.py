@@ -18,6 +18,7 @@ from gemma2.core.outputs.safetensors_header import parameter_count
 __all__ = ["SIZES", "ModelShape", "shape_of", "shape_of_config", "shape_of_parameters"]
 
 WINDOW, CONTEXT = 4096, 8192
+FOUR_BIT_BLOCK, SCALES, TABLES = 64, 256, 16 + 256 + 1  # of quantisation/nf4.py: elements, scales, fp32 numbers
 DEFAULT_WINDOWED = frozenset({"gemma2"})
 
 
@@ -88,6 +89,30 @@ class ModelShape:
     def adapted_weights(self, targets: Collection[str] = ()) -> float:
         """Elements of the weights that adapters are added to."""
         return float(self.layers * sum(inputs * outputs for inputs, outputs in self.adapted(targets)))
+
+    def linear_elements(self) -> float:
+        """Elements of the linear layers of all blocks."""
+        return float(self.layers * sum(inputs * outputs for inputs, outputs in self.linear_layers().values()))
+
+    def quantised_bytes(self, bits: int, item: float) -> float:
+        """Bytes of the model with the linear layers of its blocks in 4 or 8 bits, the rest in `item` bytes an element.
+
+        A matrix of n elements takes n / 2 + n / 64 + 4 n / (64 * 256) bytes and two tables in 4 bits, 4.127 bits an
+        element; n and 4 for each output in 8 (`quantisation/nf4.py`, `quantised_linear.py`).
+        """
+        packed = 0.0
+        for inputs, outputs in self.linear_layers().values():
+            n = inputs * outputs
+            if bits == 4:
+                groups = math.ceil(n / FOUR_BIT_BLOCK)
+                packed += groups * (FOUR_BIT_BLOCK / 2 + 1) + 4 * math.ceil(groups / SCALES) + 4 * TABLES
+            else:
+                packed += n + 4 * outputs
+        return self.layers * packed + item * (self.parameters - self.linear_elements())
+
+    def largest_matrix(self) -> float:
+        """Elements of the largest linear layer of a block."""
+        return float(max(inputs * outputs for inputs, outputs in self.linear_layers().values()))
 
     def cache_columns(self, tokens: int, windowed: bool) -> float:
         """Columns of keys that one row of `tokens` tokens has in all layers together.

@@ -21,7 +21,7 @@ from typing import cast
 from pydantic import ValidationError
 
 from gemma2.core.sizes import sizes_apart
-from gemma2.posttrain.schemas import LoraFields, RlFields, WarpConfig
+from gemma2.posttrain.schemas import LoraFields, RlFields, StrategyFields, WarpConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .learning import Sizes
@@ -29,12 +29,14 @@ from .memory import memory_of
 from .parts import Lengths, MemoryPlace, MemoryPlan, Phase
 from .shapes import ModelShape
 
-__all__ = ["CARDS", "GB", "Verdict", "judge", "micro_batch_field", "micro_batches"]
+__all__ = ["CARDS", "GB", "Verdict", "gpus_flags", "judge", "micro_batch_field", "micro_batches"]
 
 GB = 1e9  # bytes; a card of 24 GB has some per cent more, which its driver takes
 CARDS = (24.0, 48.0, 80.0, 141.0)  # GB
 LORA_RANK = 16
 SHORTEST = 128  # tokens below which no length is advised
+GPUS = (2, 4, 8, 16, 32, 64)
+MOST_ON_A_MACHINE = 8
 MOST_ROWS = 4096  # of a command whose batch is free
 
 # One option of a choice: its cost, the fields that it sets. The first one is the configuration as it is.
@@ -49,6 +51,7 @@ class Verdict:
     micro_batch  the largest that fits
     flags        of the smallest change with which it fits; empty if it fits, or nothing helps
     needed_then  bytes with these flags; where nothing helps, the least that any flags come to
+    gpus         the fewest of this size that hold the command as it is, divided among them (fsdp)
     """
 
     place: MemoryPlace
@@ -57,6 +60,7 @@ class Verdict:
     micro_batch: int | None = None
     flags: tuple[str, ...] = ()
     needed_then: float | None = None
+    gpus: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -66,8 +70,11 @@ class Verdict:
     @property
     def advice(self) -> str:
         """The fix of a command that does not fit, in words."""
+        several = gpus_flags(self.gpus) if self.gpus else ""
         if self.flags:
-            return f"give {' '.join(self.flags)}"
+            return f"give {' '.join(self.flags)}" + (f", or {several}" if several else "")
+        if several:
+            return f"give {several}, of GPUs of this size"
         if self.needed_then is None:
             return "use a smaller model, or a machine with more"
         needed, _ = sizes_apart(self.needed_then, self.place.capacity)
@@ -111,7 +118,7 @@ class MemoryQuestion:
     @cached_property
     def micro(self) -> list[int]:
         """The micro-batches to choose from, ascending."""
-        return micro_batches(self.config)
+        return micro_batches(self.config, self.place.devices)
 
 
 def judge(config: Config, sizes: Sizes, place: MemoryPlace, lengths: Lengths | None = None) -> Verdict | None:
@@ -126,7 +133,7 @@ def judge(config: Config, sizes: Sizes, place: MemoryPlace, lengths: Lengths | N
     found = Verdict(place, plan.peak.bytes, plan.peak.name)
     if found.fits:
         return replace(found, micro_batch=_largest(job, {}))
-    least = found.needed
+    found, least = replace(found, gpus=_fewest_gpus(job)), found.needed
     for update in _changes(config, place):
         if not _is_valid(config, update):
             continue
@@ -141,6 +148,27 @@ def judge(config: Config, sizes: Sizes, place: MemoryPlace, lengths: Lengths | N
     return replace(found, needed_then=least)
 
 
+# --- several GPUs -----------------------------------------------------------------------------------------------------
+
+
+def _fewest_gpus(job: MemoryQuestion) -> int | None:
+    """Return the fewest GPUs of the place's size over which a training fits, none of them the flags' number already."""
+    config, place = job.config, job.place
+    if not isinstance(config, StrategyFields) or place.kind != "accelerator" or place.devices > 1:
+        return None
+    for count in GPUS:
+        fits = memory_of(config, job.sizes, replace(place, devices=count, full_shard=True), job.lengths)
+        if _rows_of_step(config) % count == 0 and fits is not None and fits.peak.bytes <= place.capacity:
+            return count
+    return None
+
+
+def gpus_flags(gpus: int) -> str:
+    """Return the flags that ask for so many GPUs, at most eight on a machine."""
+    nodes = -(-gpus // MOST_ON_A_MACHINE)
+    return f"--gpus {gpus // nodes}" + (f" --nodes {nodes}" if nodes > 1 else "")
+
+
 # --- micro-batches ----------------------------------------------------------------------------------------------------
 
 
@@ -149,17 +177,20 @@ def micro_batch_field(config: Config) -> str:
     return "micro_batch_size" if hasattr(config, "micro_batch_size") else "batch_size"
 
 
-def micro_batches(config: Config) -> list[int]:
-    """Return the micro-batches that a command takes, ascending: those that its batch is whole multiples of."""
+def micro_batches(config: Config, processes: int = 1) -> list[int]:
+    """Return the micro-batches that a command takes, ascending: those that its share of a batch is multiples of."""
     if not hasattr(config, "micro_batch_size"):
         return list(range(1, MOST_ROWS + 1)) if hasattr(config, "batch_size") else []
-    rows = _rows_of_step(config)
+    rows = max(1, _rows_of_step(config) // processes)
+    if isinstance(config, RlFields):
+        rows *= config.n
     return [size for size in range(1, rows + 1) if rows % size == 0 and _is_valid(config, {"micro_batch_size": size})]
 
 
 def _rows_of_step(config: Config) -> int:
+    """What processes share of a step: rows, or prompts of RL, whose samples stay together."""
     if isinstance(config, RlFields):
-        return config.prompts_per_step * config.n
+        return config.prompts_per_step
     return int(getattr(config, "batch_size", 1))
 
 
@@ -213,10 +244,12 @@ def _lora(config: Config, place: MemoryPlace) -> list[Option]:
         return [(0, {})]
     averaged = isinstance(config, RlFields) and config.anchor == "ema" and config.lora_anchor == "dense"
     factors: list[Option] = [(4, {"lora_anchor": "factors"})] if averaged else []
+    few: dict[str, object] = {"base_bits": 4} | (dict(factors[0][1]) if factors else {})
+    quantised: list[Option] = [(12, few)] if config.base_bits is None else []
     if config.lora_rank:
-        return [(0, {}), *factors]
+        return [(0, {}), *factors, *quantised]
     adapters: dict[str, object] = {"lora_rank": LORA_RANK}
-    return [(0, {}), (10, adapters), *((10 + cost, adapters | more) for cost, more in factors)]
+    return [(0, {}), (10, adapters), *((10 + cost, adapters | more) for cost, more in [*factors, *quantised])]
 
 
 def _lengths(config: Config, place: MemoryPlace) -> list[Option]:

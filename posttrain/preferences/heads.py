@@ -9,10 +9,12 @@ averaged as long as the runs stay in one basin, and random heads pull the backbo
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.digests import digest_weights
@@ -21,9 +23,10 @@ from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import Progress
 from gemma2.merging.inputs.architecture import classifies
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, read_config
+from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, load_tokenizer, read_config
 from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.schemas.fields import Attention
+from gemma2.posttrain.sharding.placement import WHOLE, Placement
 
 __all__ = ["HEAD", "starting_model"]
 
@@ -31,23 +34,49 @@ HEAD = "score.weight"
 
 
 def starting_model(
-    path: Path, seed: int, from_head: Path | None, progress: Progress, attention: Attention = "eager"
+    path: Path,
+    seed: int,
+    from_head: Path | None,
+    progress: Progress,
+    attention: Attention,
+    placement: Placement = WHOLE,
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
+    Of a model that `placement` divides, the weights of the files are read later; a head from elsewhere is there already.
     Raises InputError for several outputs, and for a head that does not fit.
     """
     check_outputs(path, "--model")
-    if is_classifier(path):
+    if placement.divides:
+        model, tokenizer = _without_weights(path, seed, placement, attention)
+    elif is_classifier(path):
         model, tokenizer = load_reward_model(path, attention=attention)
     else:
         model, tokenizer = init_reward_model(path, seed, attention=attention)
     if from_head is not None:
         check_outputs(from_head, "--from-head")
         _warn_of_another_backbone(path, from_head, progress)
-        head = model.get_parameter(HEAD)
+        values = _head_of(from_head, model.get_parameter(HEAD).shape)
         with torch.no_grad():
-            head.copy_(_head_of(from_head, head.shape))
+            if placement.divides:
+                model.score.weight = nn.Parameter(values)
+            else:
+                model.get_parameter(HEAD).copy_(values)
+    return model, tokenizer
+
+
+def _without_weights(
+    path: Path, seed: int, placement: Placement, attention: Attention
+) -> tuple[RewardNetwork, Tokenizer]:
+    """Return a model whose weights are to be read into shards, with the head that `init_reward_model` draws."""
+    tokenizer = load_tokenizer(path)
+    model = cast(RewardNetwork, placement.skeleton(AutoModelForSequenceClassification, path, attention, num_labels=1))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if not is_classifier(path):
+        head = torch.empty(model.get_parameter(HEAD).shape)
+        torch.manual_seed(seed)
+        nn.init.normal_(head, 0.0, float(cast(PreTrainedConfig, model.config).initializer_range))
+        model.score.weight = nn.Parameter(head)
     return model, tokenizer
 
 

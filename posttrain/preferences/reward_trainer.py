@@ -9,12 +9,14 @@ Deviations from TRL 1.16 (tests/posttrain/preferences/test_trainer.py compares t
 2. Batches consist of pairs of similar length in an order that a resume reproduces (`batching.py`).
 3. The mean is over the pairs of the whole optimizer batch. TRL's is a mean of means, which differs if the last
    micro-batch is smaller.
-4. In one process the head reads the last token's state only, in fp32 also under bf16 autocast: differences of rewards
-   are small compared to the rewards. On a CPU attention runs in blocks and the last layer at that token only
-   (`states.py`), on a part of the micro-batch at a time, with long and short rows separate.
+4. The head reads the last token's state only, in fp32 also under bf16 autocast: differences of rewards are small
+   compared to the rewards. On a CPU attention runs in blocks and the last layer at that token only (`states.py`), in
+   one process on a part of the micro-batch at a time, with long and short rows separate.
 5. Dropout follows `--dropout` and `--lora-dropout`; TRL switches it off.
-6. A checkpoint has no model card.
+6. A checkpoint has no model card; that of a divided model is `sharded_trainer.py`'s.
 7. A tie counts half in `accuracy`, as in an evaluation; TRL counts it as wrong.
+8. With several processes pairs of two identical sides, which no data has, complete the batches at the end of an epoch.
+   They count nowhere.
 """
 
 from __future__ import annotations
@@ -26,19 +28,22 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from gemma2.posttrain.data.batching import GroupedByLength
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.causal_attention import can_be_blockwise
+from gemma2.posttrain.models.head import wide_linear
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
 from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.models.sampler import evaluating
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig
+from gemma2.posttrain.sharding.placement import WHOLE, Placement
+from gemma2.posttrain.sharding.units import whole
 from gemma2.posttrain.training.one_row import agree, same_tokens, shortest
+from gemma2.posttrain.training.sharded_trainer import ShardedTrainer, hand_over
 from gemma2.posttrain.training.trainer import configured, trainer_arguments
 from gemma2.posttrain.training.trainer_options import REWARD
 from gemma2.posttrain.training.warmup import check_warmup, total_steps
@@ -57,7 +62,7 @@ def pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None, centring:
     return -F.logsigmoid(difference) + centring * (chosen + rejected) ** 2
 
 
-class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # TRL is not typed
+class PairTrainer(GroupedByLength, ShardedTrainer, RewardTrainer):  # type: ignore[misc]  # TRL is not typed
     """RewardTrainer with batches of similar pairs and the loss above."""
 
     loss_is_scaled_for_ga = True
@@ -67,17 +72,22 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # TRL 
         super().__init__(*arguments, **options)
         self.centring, self.dropout = centring, dropout
         drop_block_outputs(self.model, dropout)
-        self.reads_last_states = self.accelerator.num_processes == 1
         on_cpu = self.args.device.type == "cpu" and self.accelerator.mixed_precision == "no"
         # A layer that is recomputed in the backward pass would run with another attention than in the forward pass.
         fits = can_be_blockwise(plain_model(self.model)) and not self.args.gradient_checkpointing
-        self.attends_in_blocks = self.reads_last_states and on_cpu and fits
-        self.part_tokens = PART_TOKENS if self.attends_in_blocks else None
+        # A divided layer has its weights while it runs as a whole.
+        self.attends_in_blocks = on_cpu and fits and not self.sharded
+        # Gradients of several processes are averaged after one backward pass: with them a micro-batch stays whole.
+        alone = self.accelerator.num_processes == 1
+        self.part_tokens = PART_TOKENS if self.attends_in_blocks and alone else None
         self._rewards: list[Tensor] = []  # (2, B) each, since the last line of metrics
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int:
-        """Return the number of pairs of the optimizer batch on this rank."""
-        return sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
+        """Return the number of pairs of the optimizer batch, of all processes."""
+        if self.accelerator.num_processes == 1:
+            return sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
+        own = sum(int(_differ(batch["input_ids"]).sum()) for batch in batch_samples)
+        return int(self.accelerator.reduce(torch.tensor(own, device=device)))
 
     def training_step(
         self, model: RewardNetwork, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
@@ -106,18 +116,20 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # TRL 
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Return the sum of the pairs' losses divided by the number of pairs of the optimizer batch, nats."""
-        chosen, rejected = self._pair_rewards(model, inputs)
+        chosen, rejected = self.inside(model, self._pair_rewards, inputs)
         losses = pair_loss(chosen, rejected, inputs.get("margin"), self.centring)
-        rewards = torch.stack([chosen.detach(), rejected.detach()])
-        self._rewards.append(self.accelerator.gather(rewards.T).T)
+        rewards, processes = torch.stack([chosen.detach(), rejected.detach()]), self.accelerator.num_processes
+        if processes > 1:  # fillers count nowhere, and the gradients of all processes are averaged
+            real = _differ(inputs["input_ids"])
+            losses = losses * real * processes
+            rewards = rewards.masked_fill(~real, math.nan)
+        rewards = self.accelerator.gather(rewards.T).T
+        self._rewards.append(rewards[:, ~rewards[0].isnan()] if processes > 1 else rewards)
         return losses.sum() / (num_items_in_batch or len(losses))
 
-    def _pair_rewards(self, model: RewardNetwork, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _pair_rewards(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return rewards (B,) fp32 of both sides; the first half of the rows are the chosen ones."""
-        if not self.reads_last_states:
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-            chosen, rejected = logits.logits.squeeze(-1).float().chunk(2)
-            return chosen, rejected
+        model = self.model
         lengths = inputs["attention_mask"].sum(1)
         rewards = []
         groups = _by_length(lengths) if self.attends_in_blocks else [torch.arange(len(lengths))]
@@ -130,7 +142,9 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # TRL 
                 else all_positions(model, ids, length)
             )
             with torch.autocast(states.device.type, enabled=False):
-                rewards.append(plain_model(model).score(states).squeeze(-1))
+                head = plain_model(model).score
+                # The weights of a divided model are in the dtype of its products here.
+                rewards.append((wide_linear(states, head.weight) if self.sharded else head(states)).squeeze(-1))
         chosen, rejected = torch.cat(rewards)[torch.cat(groups).argsort()].chunk(2)
         return chosen, rejected
 
@@ -156,8 +170,8 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # TRL 
         inputs = self._prepare_inputs(self.data_collator([features]))
         same_tokens("tokens of the chosen side", inputs["input_ids"][0], pair.chosen)
         same_tokens("tokens of the rejected side", inputs["input_ids"][1], pair.rejected)
-        with evaluating(self.model), self.compute_loss_context_manager():
-            loss = self.compute_loss(self.model, inputs, num_items_in_batch=1)
+        with whole(plain_model(self.model)), evaluating(self.model), self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, inputs, num_items_in_batch=self.accelerator.num_processes)
             sides = [torch.tensor([ids], device=self.model.device) for ids in (pair.chosen, pair.rejected)]
             chosen, rejected = (float(plain_model(self.model)(input_ids=ids).logits) for ids in sides)
         self._rewards.clear()
@@ -165,8 +179,11 @@ class PairTrainer(GroupedByLength, RewardTrainer):  # type: ignore[misc]  # TRL 
         expected = math.log1p(math.exp(-abs(difference))) + max(-difference, 0.0)
         agree("the loss of a pair", float(loss), expected + self.centring * (chosen + rejected) ** 2)
 
-    def _save_checkpoint(self, model: RewardNetwork, trial: object) -> None:
-        Trainer._save_checkpoint(self, model, trial)
+
+def _differ(ids: Tensor) -> Tensor:
+    """Whether the sides of each pair differ, (B,), from rows (2B, T): those of a filler are the same."""
+    chosen, rejected = ids.chunk(2)
+    return (chosen != rejected).any(1)
 
 
 def _parts(inputs: dict[str, Tensor], tokens: int) -> Iterator[dict[str, Tensor]]:
@@ -216,32 +233,46 @@ def make_trainer(
     config: RewardConfig,
     run: Run,
     accumulation: int = 1,
+    placement: Placement = WHOLE,
 ) -> PairTrainer:
-    """Return the trainer on pairs that need no further preparation."""
+    """Return the trainer on pairs that need no further preparation.
+
+    accumulation: forward passes of each process per step. A model that `placement` divides gets its weights here.
+    """
     check_targets(config, model)
+    processes = placement.ranks.size
     arguments = trainer_arguments(
         TrlRewardConfig,
         config,
         run,
         REWARD.unused,
-        per_device_train_batch_size=config.batch_size // accumulation,
+        per_device_train_batch_size=config.batch_size // accumulation // processes,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         max_length=None,
         center_rewards_coefficient=config.center_coefficient or None,
     )
+    dataset = to_dataset(pairs)
+    if processes > 1:
+        row = dataset[shortest(dataset["length"][:])]
+        dataset = dataset.add_item(row | {"rejected_ids": row["chosen_ids"]})
+    adapters = lora_config(config, "SEQ_CLS")
+    if placement.divides:
+        model, adapters = placement.filled(model, config.model, adapters, config.seed), None
+        arguments |= hand_over(model)
     with warnings.catch_warnings():
         # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
         warnings.simplefilter("ignore", FutureWarning)
         trainer = PairTrainer(
             model=model,
             args=configured(TrlRewardConfig, config, arguments | {"disable_dropout": False}),
-            train_dataset=to_dataset(pairs),
+            train_dataset=dataset,
             processing_class=tokenizer,
-            peft_config=lora_config(config, "SEQ_CLS"),
+            peft_config=adapters,
             centring=config.center_coefficient,
             dropout=config.dropout,
         )
     check_warmup(config, total_steps(trainer, len(pairs)))
+    placement.vary_dropout(config.seed, config.lora_dropout, config.dropout)
     return trainer

@@ -8,32 +8,35 @@ The score is null if a conversation is longer than the limit. A completion ends 
 one (`finish_reason` length, `chosen_truncated`, `rejected_truncated`) does not.
 
 Rows are scored in chunks that depend on the data only. Each is in the journal before the next one, so that a killed run
-continues with the same rows in the same batches.
+continues with the same rows in the same batches. Several processes are dealt the batches of a chunk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gemma2.core.errors import InputError
 from gemma2.core.progress import SILENT, Progress, Task
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Message, conversation_of, located, pair_of
 from gemma2.posttrain.data.sources import Row, ShardWriter
-from gemma2.posttrain.generation.journal import Journal
+from gemma2.posttrain.generation.journal import Journal, journal_of
 from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.together import together
 from gemma2.posttrain.schemas import RewardScoreConfig
 
 __all__ = ["run_score", "score_rows"]
@@ -59,27 +62,33 @@ def run_score(config: RewardScoreConfig, options: RunOptions, progress: Progress
     Raises InputError with file and line for a row without a model turn, before anything is scored.
     """
     quiet_libraries()
-    with open_run("reward score", config, options) as run:
+    with together(config) as ranks, open_run("reward score", config, options, ranks=ranks) as run:
+        progress = progress if ranks.is_main else SILENT
         run.origin["attention"] = settle_attention(
             config.attention, [config.model], progress, dtype=frozen_dtype(config.dtype), device=default_device()
         )
         reading = Reading(config)
         chat = ChatFormat(load_tokenizer(config.model))
         total = check_rows(config, reading, chat, progress)
-        unread = reading.report(progress, run.path)
-        run.checkpoints.mkdir(exist_ok=True)
-        with Journal(run.checkpoints / "scores.jsonl") as journal:
+        unread = reading.report(progress, run.path if ranks.is_main else None)
+        with journal_of(run, "scores.jsonl") as journal:
             with progress.task("score", total=total, unit="rows") as bar:
-                _fill(config, reading, journal, bar)
-            scores = chain.from_iterable(record["scores"] for record in journal.records())
-            summary = _Summary()
-            with ShardWriter(run.path, config.shard_rows) as writer:
-                for scored, values in zip(_rows(config, reading), scores, strict=True):
-                    writer.write(scored.row.columns | dict(zip(scored.columns, values, strict=True)))
-                    summary.add(values)
+                _fill(config, reading, journal, bar, ranks)
+            summary = ranks.on_main(lambda: _write(config, run.path, reading, journal))
         if summary.overlong:
             progress.warn(f"{summary.overlong} of {total} rows are too long for the model and have no score")
         return run.finish({**summary.document(), **unread})
+
+
+def _write(config: RewardScoreConfig, out: Path, reading: Reading, journal: Journal) -> _Summary:
+    """Write the rows with the scores of the journal; their figures."""
+    scores = chain.from_iterable(record["scores"] for record in journal.records())
+    summary = _Summary()
+    with ShardWriter(out, config.shard_rows) as writer:
+        for scored, values in zip(_rows(config, reading), scores, strict=True):
+            writer.write(scored.row.columns | dict(zip(scored.columns, values, strict=True)))
+            summary.add(values)
+    return summary
 
 
 def check_rows(config: RewardScoreConfig, reading: Reading, chat: ChatFormat, progress: Progress) -> int:
@@ -97,12 +106,21 @@ def check_rows(config: RewardScoreConfig, reading: Reading, chat: ChatFormat, pr
     return count
 
 
-def score_rows(model: RewardModel, rows: Sequence[list[int]], batch_size: int, bar: Task) -> Tensor:
-    """Return rewards (N,) fp32 of whole conversations and advance the bar."""
+def score_rows(
+    model: RewardModel, rows: Sequence[list[int]], batch_size: int, bar: Task | None = None, ranks: Ranks = ALONE
+) -> Tensor:
+    """Return rewards (N,) fp32 of whole conversations, on every process, and advance the bar."""
     rewards = torch.zeros(len(rows))
-    for batch in length_batches([len(row) for row in rows], batch_size):
-        rewards[batch] = model.score([rows[i] for i in batch], [[]] * len(batch), batch_size)
-        bar.advance(len(batch))
+    batches = list(length_batches([len(row) for row in rows], batch_size))
+
+    def score(batch: list[int]) -> list[float]:
+        found: list[float] = model.score([rows[i] for i in batch], [[]] * len(batch), batch_size).tolist()
+        return found
+
+    for batch, found in zip(batches, ranks.dealt(batches, score), strict=True):
+        rewards[batch] = torch.tensor(found)
+        if bar is not None:
+            bar.advance(len(batch))
     return rewards
 
 
@@ -143,34 +161,38 @@ def _to_score(row: Row, name: str, ignored: Collection[str]) -> RowToScore:
         return RowToScore(row, [name], [(conversation.messages, conversation.truncated)])
 
 
-def _fill(config: RewardScoreConfig, reading: Reading, journal: Journal, bar: Task) -> None:
+def _fill(config: RewardScoreConfig, reading: Reading, journal: Journal, bar: Task, ranks: Ranks) -> None:
     """Score the rows that are missing from the journal, a chunk per record."""
-    done = sum(len(record["scores"]) for record in journal.records())
+    done = ranks.on_main(lambda: sum(len(record["scores"]) for record in journal.records()))
     bar.advance(done)
     rows = islice(_rows(config, reading), done, None)
     model = RewardModel.from_dir(config.model, frozen_dtype(config.dtype), config.attention)
     chat = ChatFormat(model.tokenizer)
     longest = config.max_length or getattr(model.model.config, "max_position_embeddings", None)
     while chunk := list(islice(rows, CHUNK)):
-        journal.append([{"scores": _score(chunk, model, chat, longest, config.batch_size)}])
+        ids = _ids(chunk, chat)
+        fitting = [i for i, row in enumerate(ids) if longest is None or len(row) <= longest]
+        rewards = score_rows(model, [ids[i] for i in fitting], config.batch_size, ranks=ranks)
+        journal.append([{"scores": _scores(chunk, ids, dict(zip(fitting, rewards.tolist(), strict=True)))}])
         bar.advance(len(chunk))
 
 
-def _score(
-    chunk: list[RowToScore], model: RewardModel, chat: ChatFormat, longest: int | None, batch_size: int
-) -> list[Scores]:
+def _ids(chunk: Sequence[RowToScore], chat: ChatFormat) -> list[list[int]]:
+    """The tokens of every conversation of the rows."""
     ids: list[list[int]] = []
     for scored in chunk:
         for messages, cut in scored.conversations:
             with located(scored.row.where):
                 ids.append(chat.example(messages, "eot", cut)[0])
-    fitting = [i for i, row in enumerate(ids) if longest is None or len(row) <= longest]
-    rewards = model.score([ids[i] for i in fitting], [[]] * len(fitting), batch_size).tolist() if fitting else []
-    for i, reward in zip(fitting, rewards, strict=True):
+    return ids
+
+
+def _scores(chunk: Sequence[RowToScore], ids: Sequence[list[int]], rewards: Mapping[int, float]) -> list[Scores]:
+    """The scores of each row. rewards: by the number of a conversation; of one that is too long there is none."""
+    for i, reward in rewards.items():
         if not math.isfinite(reward):
             raise InputError(f"the reward model gives {reward} for a row of {len(ids[i])} tokens", "check its weights")
-    known = dict(zip(fitting, (round(reward, DIGITS) for reward in rewards), strict=True))
-    values = iter([known.get(i) for i in range(len(ids))])
+    values = iter([round(rewards[i], DIGITS) if i in rewards else None for i in range(len(ids))])
     return [[next(values) for _ in scored.conversations] for scored in chunk]
 
 

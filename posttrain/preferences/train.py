@@ -14,23 +14,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import split
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
-from gemma2.posttrain.models.lora import merged, plain_model
+from gemma2.posttrain.models.loading import default_device, quiet_libraries
+from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network, RewardNetwork
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.sft.sft import accumulation_steps
+from gemma2.posttrain.sharding.lockstep import pace_of
+from gemma2.posttrain.sharding.placement import placed
+from gemma2.posttrain.sharding.results import save_result
+from gemma2.posttrain.sharding.units import whole_head
 from gemma2.posttrain.training.heldout import HeldOut
 from gemma2.posttrain.training.one_row import ROWS, check_bos
 from gemma2.posttrain.training.trainer import RunCallback, train
@@ -49,22 +55,26 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop on NaN.
     """
     quiet_libraries()
-    accumulation = accumulation_steps(config.batch_size, config.micro_batch_size)
-    with open_run("reward", config, options) as run:
+    placement, progress = placed("reward", config, progress)
+    ranks = placement.ranks
+    accumulation = accumulation_steps(config, ranks)
+    with open_run("reward", config, options, ranks=ranks, strategy=placement.strategy) as run:
         if config.from_head is None and is_classifier(config.model):
             progress.note(f"{config.model} is a reward model: its head is kept and trained further")
         run.origin["attention"] = settle_attention(
             config.attention, [config.model], progress, device=default_device(), learns=True
         )
-        model, tokenizer = starting_model(config.model, config.seed, config.from_head, progress, config.attention)
+        model, tokenizer = starting_model(
+            config.model, config.seed, config.from_head, progress, config.attention, placement
+        )
         reading = Reading(config)
         training, heldout = split(reading.pairs(config.data), config.eval_fraction, config.seed)
         chat = ChatFormat(tokenizer)
         pairs, heldout_pairs, dropped = tokenise_split(training, heldout, chat, config.max_length, reading, progress)
-        unread = reading.report(progress, run.path)
+        unread = reading.report(progress, run.path if ranks.is_main else None)
         if not heldout_pairs and (config.keep == "best" or config.patience is not None):
             raise UsageError("no pairs are held out for --keep best or --patience", "give --eval-fraction")
-        trainer = make_trainer(model, tokenizer, pairs, config, run, accumulation)
+        trainer = make_trainer(model, tokenizer, pairs, config, run, accumulation, placement)
         for pair in pairs[:: max(1, len(pairs) // ROWS)]:
             check_bos(chat, pair.chosen)
             check_bos(chat, pair.rejected)
@@ -77,10 +87,10 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
         train(trainer, run, callback)
         evaluation.keep_best(trainer.model)
         figures = {"steps": trainer.state.global_step} | callback.summary(trainer.model)
-        plain = merged(trainer.model)
-        save_model(plain, tokenizer, run.path)
+        save_result(trainer.model, tokenizer, run.path, ranks.is_main)
         counts = figures | {"pairs": len(pairs), "heldout_pairs": len(heldout_pairs)}
-        found = measure(RewardModel(plain, tokenizer), heldout_pairs, config.micro_batch_size or config.batch_size)
+        result = RewardModel(plain_model(trainer.model), tokenizer)  # with its adapters, or merged with them
+        found = measure(result, heldout_pairs, config.micro_batch_size or config.batch_size, ranks)
         return run.finish(counts | dropped | unread | found | evaluation.summary(progress))
 
 
@@ -96,12 +106,14 @@ class HeldOutPairs(HeldOut):
         """Return `preference_metrics` of the held-out pairs; --keep best and --patience compare the loss."""
         batch_size = self.config.micro_batch_size or self.config.batch_size
         network = cast(RewardNetwork, plain_model(model))
-        found = measure(RewardModel(network, self.tokenizer), self.pairs, batch_size)
+        found = measure(RewardModel(network, self.tokenizer), self.pairs, batch_size, self.run.ranks)
         return {f"heldout_{name}": value for name, value in found.items()}
 
 
-def measure(model: RewardModel, pairs: Sequence[PairIds], batch_size: int) -> dict[str, float | None]:
-    """Return `preference_metrics` of a model's scores of held-out pairs; empty without pairs.
+def measure(
+    model: RewardModel, pairs: Sequence[PairIds], batch_size: int, ranks: Ranks = ALONE
+) -> dict[str, float | None]:
+    """Return `preference_metrics` of a model's scores of held-out pairs; empty without pairs. A collective of `ranks`.
 
     Raises GuardStop for a score that is NaN or infinite.
     """
@@ -109,7 +121,10 @@ def measure(model: RewardModel, pairs: Sequence[PairIds], batch_size: int) -> di
         return {}
     chosen, rejected = _sides(pairs)
     ids = chosen + rejected
-    rewards = model.score(ids, [[]] * len(ids), batch_size)
+    own = ids[ranks.share(len(ids))]
+    with whole_head(model.model):
+        scores = model.score(own, [[]] * len(own), batch_size, pace_of(model.model, ranks))
+    rewards = torch.cat(ranks.gather(scores))
     if not rewards.isfinite().all():
         raise GuardStop(
             "the reward model gives a held-out pair a score that is NaN or infinite",

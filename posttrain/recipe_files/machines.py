@@ -178,7 +178,11 @@ def least_plan(cell: Cell) -> MachinePlan:
     if cell.command in ("rlhf", "warp"):
         values |= {**LEAST_RL, "prompts_per_step": several}
         values.pop("batch_size")
-    return _planned(cell, resolve(schema_for(cell.command), flags=values))
+    # Weights in few bits are not divided, so of several GPUs either may need less.
+    plans = [
+        _planned(cell, resolve(schema_for(cell.command), flags={**values, "base_bits": bits})) for bits in (None, 4)
+    ]
+    return min(plans, key=lambda plan: plan.needed)
 
 
 def _planned(cell: Cell, config: Config) -> MachinePlan:

@@ -113,6 +113,8 @@ def function_score(name: str, option: str, column: str, abstains: bool = False, 
     source = f"{option} {name!r}"
 
     def score(sampled: Sampled) -> dict[str, list[float]]:
+        if not sampled.completions:  # a process without a row: sharded reward models run with the others' anyway
+            return {column: []}
         try:
             values = limited(lambda: list(function(**_arguments(sampled))), seconds, source)
         except GuardStop:

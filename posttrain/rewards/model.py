@@ -21,8 +21,9 @@ from gemma2.posttrain.models.head import wide_linear
 from gemma2.posttrain.models.loading import load_reward_model
 from gemma2.posttrain.models.protocols import RewardNetwork
 from gemma2.posttrain.models.sampler import evaluating
-from gemma2.posttrain.models.scorer import hidden_states
+from gemma2.posttrain.models.scorer import Pace, hidden_states
 from gemma2.posttrain.schemas.fields import Attention
+from gemma2.posttrain.sharding.lending import opened
 
 __all__ = ["RewardModel", "shaped_rewards"]
 
@@ -44,12 +45,19 @@ class RewardModel:
 
     @torch.no_grad()
     def score(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_size: int = 32
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        batch_size: int = 32,
+        pace: Pace | None = None,
     ) -> Tensor:
-        """Return rewards (N,) fp32 on the CPU, from the model's own ids, whatever the order, batch size and padding."""
+        """Return rewards (N,) fp32 on the CPU, from the model's own ids, whatever the order, batch size and padding.
+
+        pace: as in `hidden_states`, for a model that runs in step with other processes.
+        """
         rewards = torch.zeros(len(prompts))
-        with evaluating(self.model):
-            for batch, hidden in hidden_states(self.model, prompts, completions, batch_size):
+        with evaluating(self.model), opened(self.model):
+            for batch, hidden in hidden_states(self.model, prompts, completions, batch_size, pace):
                 last = torch.tensor([len(prompts[i]) + len(completions[i]) - 1 for i in batch], device=hidden.device)
                 states = hidden[torch.arange(len(batch), device=hidden.device), last]  # (B, d)
                 rewards[batch] = wide_linear(states, self.model.score.weight).squeeze(-1).cpu()

@@ -33,6 +33,8 @@ from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.runs.inputs import check_reward_terms, model_name
 from gemma2.posttrain.schemas import RewardFields
+from gemma2.posttrain.sharding.divided_models import lent_reward_model
+from gemma2.posttrain.sharding.units import ShardLayout
 
 from .functions import Sampled, Score, function_score
 from .model import RewardModel, shaped_rewards
@@ -74,14 +76,15 @@ class Term:
     score: Score
 
 
-def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int) -> Score:
+def reward_score(config: RewardFields, chat: ChatFormat, batch_size: int, layout: ShardLayout | None = None) -> Score:
     """Return the reward of a configuration, with a column for each term if there are several.
 
-    `batch_size`: sequences that a reward model reads at once. Raises UsageError if no term is given or a function does
-    not exist, InputError for an unusable reward model.
+    `batch_size`: sequences that a reward model reads at once. `layout`: the processes that reward models are divided
+    over; each of them then calls the score as often as the others, if need be without a completion. Raises UsageError
+    if no term is given or a function does not exist, InputError for an unusable reward model.
     """
     check_reward_terms(config)
-    terms = _terms(config, chat, batch_size)
+    terms = _terms(config, chat, batch_size, layout)
     weights = torch.tensor([term.weight for term in terms], dtype=torch.float64)
 
     def score(sampled: Sampled) -> dict[str, Sequence[float]]:
@@ -117,26 +120,31 @@ def column_means(columns: Mapping[str, Sequence[float]]) -> dict[str, float | No
     return {name: math.fsum(values) / len(values) if values else None for name, values in found.items()}
 
 
-def _terms(config: RewardFields, chat: ChatFormat, batch_size: int) -> list[Term]:
+def _terms(config: RewardFields, chat: ChatFormat, batch_size: int, layout: ShardLayout | None) -> list[Term]:
     """Load functions, then models: a misspelt function fails early. The terms are in the order of the weights."""
     functions = [
         function_score(name, "--reward-fn", REWARD, abstains=True, seconds=config.reward_timeout)
         for name in config.reward_fn
     ]
-    scores = [*_model_scores(config, chat, batch_size), *functions]
+    scores = [*_model_scores(config, chat, batch_size, layout), *functions]
     models = ["ensemble"] if config.reward_ensemble else [model_name(path) for path in config.reward]
     names = _distinct([*models, *(name.partition(":")[2] for name in config.reward_fn)])
     weights = config.reward_weights or (1.0,) * len(scores)
     return [Term(*parts) for parts in zip(names, weights, scores, strict=True)]
 
 
-def _model_scores(config: RewardFields, chat: ChatFormat, batch_size: int) -> list[Score]:
+def _model_scores(config: RewardFields, chat: ChatFormat, batch_size: int, layout: ShardLayout | None) -> list[Score]:
     dtype, kernel = frozen_dtype(config.dtype), config.attention
     if config.reward_ensemble == "warm":
-        return [_model_score(averaged_reward_model(config.reward, dtype, kernel), "the average", chat, batch_size)]
-    members = [
-        _model_score(RewardModel.from_dir(path, dtype, kernel), str(path), chat, batch_size) for path in config.reward
-    ]
+        average = averaged_reward_model(config.reward, dtype, kernel, layout)
+        return [_model_score(average, "the average", chat, batch_size)]
+    members = []
+    for path in config.reward:
+        if layout is None:
+            model = RewardModel.from_dir(path, dtype, kernel)
+        else:
+            model = RewardModel(*lent_reward_model(path, layout, dtype, kernel))
+        members.append(_model_score(model, str(path), chat, batch_size))
     return [_ensemble_score(members, config.reward_ensemble)] if config.reward_ensemble else members
 
 

@@ -22,6 +22,8 @@ from gemma2.merging.inputs.compatibility import check_same_architecture, check_s
 from gemma2.posttrain.attention.choice import chosen_kernel
 from gemma2.posttrain.models.loading import default_device, load_reward_model
 from gemma2.posttrain.schemas.fields import Attention
+from gemma2.posttrain.sharding.divided_models import lent_average
+from gemma2.posttrain.sharding.units import ShardLayout
 
 from .model import RewardModel
 
@@ -30,13 +32,18 @@ __all__ = ["averaged_reward_model"]
 
 @torch.no_grad()
 def averaged_reward_model(
-    paths: Sequence[Path], dtype: torch.dtype = torch.float32, attention: Attention = "eager"
+    paths: Sequence[Path],
+    dtype: torch.dtype = torch.float32,
+    attention: Attention = "eager",
+    layout: ShardLayout | None = None,
 ) -> RewardModel:
-    """Return the average of reward models, formed in fp32 and rounded to `dtype`.
+    """Return the average of reward models, formed in fp32 and rounded to `dtype`; divided by a layout if there is one.
 
     Raises InputError for models that cannot be averaged, naming the first difference.
     """
     check_averageable(paths)
+    if layout is not None:
+        return RewardModel(*lent_average(paths, layout, dtype, attention))
     cpu = torch.device("cpu")
     model, tokenizer = load_reward_model(paths[0], device=cpu)
     total: dict[str, Tensor] = dict(model.named_parameters())

@@ -16,6 +16,9 @@ Under LoRA a policy is theta = W + s B A with W frozen. The average of theta is 
     factors ema of A and of B: as small as the adapter, and an approximation, since the average of a product is not the
             product of the averages
 
+Where the base of the adapter is quantised (--base-bits) W is the quantised matrix, the same in policy and anchor, and
+`dense` keeps an fp32 matrix of every adapted layer.
+
 A tied tensor is one parameter and moves once. Buffers do not move: Gemma 2's follow from its configuration.
 """
 
@@ -23,20 +26,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma2.core.errors import InputError
+from gemma2.posttrain.adapters.merged_output import Products, products_of
 from gemma2.posttrain.models.lora import adapted_weights, merged_copy, with_weights
 from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.quantisation.quantised_linear import dequantised
 
 __all__ = ["EmaAnchor", "FactorAnchor", "LoraAnchor"]
 
 Memory = Literal["gpu", "cpu"]
+Theta = Iterator[tuple[str, Tensor]]
 
 
 class EmaAnchor:
@@ -55,7 +62,7 @@ class EmaAnchor:
             self.model = self.model.bfloat16()
         self.shadow: dict[str, Tensor] = averaged  # fp32 parameters by name, tied ones once
 
-    def theta(self, policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    def theta(self, policy: CausalLM) -> Theta:
         """(name, current value) of every averaged parameter."""
         for name, parameter in policy.named_parameters():
             yield name, parameter.data
@@ -105,6 +112,10 @@ class EmaAnchor:
             )
         self.load_state_dict(load_file(path))
 
+    def products(self) -> Products:
+        """What the average adds to the base of an adapter, for a base that is read again; none without adapters."""
+        return {}
+
     @torch.no_grad()
     def plain(self) -> CausalLM:
         """The anchor as a plain fp32 model, for the disk. The run is over: the copy that scores is used up."""
@@ -127,8 +138,17 @@ class LoraAnchor(EmaAnchor):
         adapted = [name for name, _ in adapted_weights(policy)]
         self._begin(copy.deepcopy(model) if memory == "cpu" else model, adapted, memory)
 
-    def theta(self, policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    def theta(self, policy: CausalLM) -> Theta:
         yield from adapted_weights(policy)
+
+    def products(self) -> Products:
+        """The average less the weights that the adapters were added to."""
+
+        def product(name: str) -> Tensor:
+            linear = cast(nn.Linear, self.base.get_submodule(name.rpartition(".")[0]))
+            return self.shadow[name].cpu() - dequantised(linear).float().cpu()
+
+        return {name: partial(product, name) for name in self.shadow}
 
     def plain(self) -> CausalLM:
         """The average in the places of the adapted weights; the other weights are the policy's, never rounded."""
@@ -143,10 +163,14 @@ class FactorAnchor(EmaAnchor):
         frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
         self._begin(copy.deepcopy(policy, frozen), [name for name, _ in self.theta(policy)], "gpu")
 
-    def theta(self, policy: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    def theta(self, policy: CausalLM) -> Theta:
         for name, parameter in policy.named_parameters():
             if "lora_" in name:
                 yield name, parameter.data
+
+    def products(self) -> Products:
+        """The products of the averaged factors."""
+        return products_of(self.model)
 
     def plain(self) -> CausalLM:
         """The averaged factors multiplied out and added to the weights."""

@@ -25,6 +25,8 @@ from gemma2.posttrain.models.loading import default_device
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.sharding.lending import is_lent, opened, product_dtype
+from gemma2.posttrain.sharding.units import local
 from gemma2.posttrain.training.first_steps import STEPS
 
 from .ema import EmaAnchor
@@ -65,7 +67,7 @@ class Seen:
 def tolerance(model: CausalLM) -> float:
     """The rounding of a model's log-probs, as it runs now."""
     half = (
-        model.dtype != torch.float32
+        product_dtype(model) != torch.float32
         or torch.is_autocast_enabled(default_device().type)
         or torch.is_autocast_enabled("cpu")
     )
@@ -77,15 +79,17 @@ def check_log_probs(policy: CausalLM, anchor: CausalLM | None, seen: Seen, tempe
     i = shortest_completion(seen)
     prompt, ids = [seen.prompts[i]], seen.drawn.ids[i]
     own = torch.tensor(seen.drawn.logps[i])
-    again = token_logps(policy, prompt, [ids[:SCORED]], 1, temperature)[0]
+    with opened(policy):
+        again = token_logps(policy, prompt, [ids[:SCORED]], 1, temperature)[0]
     difference = float((own[:SCORED] - again).abs().max())
     if not difference <= tolerance(policy):
         raise GuardStop(
             f"sampler and policy differ by {difference:.2g} nats for a token: the samples are of another policy", HINT
         )
-    if anchor is None or not float(seen.log_ratios.abs().max()):
+    if anchor is None or (not is_lent(anchor) and not float(seen.log_ratios.abs().max())):
         return
-    expected = float((own - token_logps(anchor, prompt, [ids], 1, temperature)[0]).sum())
+    with opened(anchor):  # on every process, whatever its own log-ratios are
+        expected = float((own - token_logps(anchor, prompt, [ids], 1, temperature)[0]).sum())
     if not abs(float(seen.log_ratios[i]) - expected) <= max(tolerance(policy), tolerance(anchor)) / 3 * len(ids):
         raise GuardStop(
             f"log pi - log anchor of a completion is {seen.log_ratios[i]:.3g} in the reward, {expected:.3g} by itself",
@@ -155,21 +159,28 @@ def check_loss(policy: CausalLM, loss: Tensor, advantages: Tensor, sampled: Tens
 class FirstAnchors(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
     """Watches the first updates of an anchor, and that the SFT policy stays as it is.
 
-    Must be added after `AnchorUpdate`. anchor: None for one that is fixed; scores: the model that the KL is taken to.
+    Must be added after `AnchorUpdate`. anchor: None for one that is fixed; scores: the model that the KL is taken to;
+    rate: (mu, steps between two updates). Of a sharded run each process looks at its shards.
     """
 
     def __init__(
-        self, policy: CausalLM, reference: CausalLM, anchor: EmaAnchor | None, scores: CausalLM | None, mu: float
+        self,
+        policy: CausalLM,
+        reference: CausalLM,
+        anchor: EmaAnchor | None,
+        scores: CausalLM | None,
+        rate: tuple[float, int],
     ) -> None:
-        self.policy, self.reference, self.anchor, self.scores, self.mu = policy, reference, anchor, scores, mu
-        self.left = STEPS
+        self.policy, self.reference, self.anchor, self.scores = policy, reference, anchor, scores
+        self.mu, self.every = rate
+        self.left, self.updates = STEPS, STEPS
         self.fixed: list[Tensor] = []
         self.averages: dict[str, Tensor] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self.fixed = [_sample(parameter) for parameter in self.reference.parameters()]
+        self.fixed = self._reference()
         if self.anchor is None:
             return
         if self.scores is not self.anchor.model:
@@ -183,30 +194,35 @@ class FirstAnchors(TrainerCallback):  # type: ignore[misc]  # transformers is no
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if not self.left:
-            return
-        self.left -= 1
         step = f"step {state.global_step + 1}"
-        now = [_sample(parameter) for parameter in self.reference.parameters()]
-        if not all(map(torch.equal, self.fixed, now)):
+        due = (state.global_step + 1) % self.every == 0
+        if self.left and not all(map(torch.equal, self.fixed, self._reference())):
             raise GuardStop(f"{step}: the SFT policy changed, to which the KL is measured", HINT)
-        if self.anchor is not None:
-            self._check_average(self.anchor, step)
+        if self.anchor is not None and (self.left or (due and self.updates)):
+            self._check_average(self.anchor, step, self.mu if due else 0.0)
+            self.updates -= due
+        self.left = max(0, self.left - 1)
 
-    def _check_average(self, anchor: EmaAnchor, step: str) -> None:
+    def _reference(self) -> list[Tensor]:
+        """A sample of the SFT policy's weights; without any where it is lent the frozen weights of the policy."""
+        return [] if is_lent(self.reference) else [_sample(parameter) for parameter in self.reference.parameters()]
+
+    def _check_average(self, anchor: EmaAnchor, step: str, mu: float) -> None:
         for name, value in anchor.theta(self.policy):
             before, theta = self.averages[name], _sample(value).double()
             after = _sample(anchor.shadow[name]).double()
             size = torch.maximum(before.abs(), theta.to(before.device).abs())
-            wrong = (after - (before + self.mu * (theta.to(before.device) - before))).abs() > ULPS * 2**-24 * size
-            scoring = _sample(anchor.model.get_parameter(name))
+            wrong = (after - (before + mu * (theta.to(before.device) - before))).abs() > ULPS * 2**-24 * size
             if bool(wrong.any()):
-                raise GuardStop(f"{step}: the anchor did not move by mu = {self.mu:g} towards the policy: {name}", HINT)
+                raise GuardStop(f"{step}: the anchor did not move by mu = {mu:g} towards the policy: {name}", HINT)
+            self.averages[name] = after
+            if is_lent(anchor.model):  # it has no other weights than the average
+                continue
+            scoring = _sample(anchor.model.get_parameter(name))
             if not torch.equal(scoring, after.to(scoring.device, scoring.dtype)):
                 raise GuardStop(f"{step}: the anchor that scores is not its average: {name}", HINT)
-            self.averages[name] = after
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
+    flat = local(tensor.detach()).reshape(-1)
     return flat[:: max(1, -(-flat.numel() // SAMPLE))].clone()

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from trl import RLOOConfig
 
@@ -26,18 +27,24 @@ from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.tokenizer_ids import tokenizer_difference
 from gemma2.core.progress import SILENT, Progress
-from gemma2.core.ranks import Ranks, join
+from gemma2.core.ranks import Ranks
+from gemma2.posttrain.adapters.frozen_base import check_base
+from gemma2.posttrain.adapters.merged_output import Products, is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
-from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
+from gemma2.posttrain.evaluation.evaluate import Measurement, MeasureSettings, measure
 from gemma2.posttrain.evaluation.trajectory import procedure
 from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
-from gemma2.posttrain.models.lora import lora_config, merged_copy, save_adapter
+from gemma2.posttrain.models.lora import lora_config, merged_copy, plain_model, save_adapter
+from gemma2.posttrain.models.precision import as_loaded, free_cached, frozen_dtype, trained_weights
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RlhfConfig
+from gemma2.posttrain.sharding.placement import placed
+from gemma2.posttrain.training.sharded_trainer import hand_over
 from gemma2.posttrain.training.trainer import (
     PeriodicEvaluation,
     RunCallback,
@@ -53,10 +60,12 @@ from .first_rollouts import FirstAnchors
 from .guards import Guards
 from .rloo import AnchoredRlooTrainer
 from .setup import RlSetup, make_anchor, prepare
+from .sharded_output import save_shards
 from .vllm import VllmSampler, check_usable, compare_attention
 
 __all__ = ["run_rlhf"]
 
+DIFFERENCE_PROMPTS = 4
 HELDOUT_SHARE = 0.1  # of the prompts, where no file of held-out prompts is given
 # KL per token at the first step, nats: rounding only. bf16 keeps 8 bits of a logit.
 TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 2e-2
@@ -69,47 +78,73 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop when a guard fires.
     """
     quiet_libraries()
-    ranks = join("rlhf")
-    if not ranks.is_main:
-        progress = SILENT
+    placement, progress = placed("rlhf", config, progress)
+    ranks = placement.ranks
+    if placement.divides:
+        check_divisible(config)
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
         compare_attention(config, ranks, progress)
-    with open_run("rlhf", config, options, ranks=ranks) as run:
+    check_base(config)
+    with open_run("rlhf", config, options, ranks=ranks, strategy=placement.strategy) as run:
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
         run.origin["attention"] = settle_attention(
             config.attention, [config.policy, *config.reward], progress, device=default_device(), learns=True
         )
-        setup = prepare(config, prompts, micro, ranks)
+        setup = prepare(config, prompts, micro, placement, progress)
         setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)
         heldout = reading.renderable(heldout, setup.rollout.chat)
         unread = reading.report(progress, run.path if ranks.is_main else None)
         warn_of_other_tokens(config, progress)
-        arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro))
-        rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu"
+        handed = {} if setup.sharded is None else hand_over(setup.trained)
+        arguments = configured(RLOOConfig, config, rloo_arguments(config, run, rows, micro) | handed)
+        rounded = arguments.bf16 or arguments.fp16 or config.anchor_memory == "cpu" or computes_in_half(setup)
         tolerance = TOLERANCE_BF16 if rounded else TOLERANCE_FP32
         starts_at_anchor = tolerance if setup.starts_at_anchor else None
         guards = Guards(progress, config.max_kl, config.max_dead_steps, starts_at_anchor)
         transformers.set_seed(config.seed)  # of the adapters' first values
-        trainer = AnchoredRlooTrainer(setup.rollout, None, arguments, guards, lora_config(config, "CAUSAL_LM"))
+        trainer = make_trainer(config, setup, arguments, guards)
         callback = RunCallback(run, progress, "RL", SHOWN)
         trainer.add_callback(callback)
         if config.anchor == "ema":
-            trainer.follow(make_anchor(config, setup), config.mu)
-        trainer.add_callback(
-            FirstAnchors(setup.rollout.policy, setup.reference, trainer.anchor, setup.rollout.anchor, config.mu)
-        )
-        half = arguments.bf16 or arguments.fp16
-        evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config, half))
+            trainer.follow(make_anchor(config, setup), config.mu, config.ema_every)
+        rate = config.mu, config.ema_every
+        trainer.add_callback(FirstAnchors(trainer.trained, setup.reference, trainer.anchor, setup.rollout.anchor, rate))
+        evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config))
         trainer.add_callback(evaluation)
         with drawing(config, trainer, ranks):
             train(trainer, run, callback, lambda: trainer.has_signal)
-        if ranks.is_main:
-            save(trainer, setup, config, run)
         figures = callback.summary(trainer.model)
+        if setup.sharded is not None:
+            save_shards(trainer, setup, config, run)
+        elif ranks.is_main:
+            save(trainer, setup, config, run)
+            figures |= difference(trainer, setup, config, run, progress)
         return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
+
+
+def check_divisible(config: RlhfConfig) -> None:
+    """Raise UsageError for options of models that each process holds as a whole."""
+    for flag, given in (("--anchor-memory", config.anchor_memory == "cpu"), ("--base-bits", config.base_bits)):
+        if given:
+            raise UsageError(
+                f"{flag} is for models that each process holds as a whole; --strategy fsdp divides them",
+                f"leave {flag} out, or give --strategy ddp",
+            )
+
+
+def make_trainer(config: RlhfConfig, setup: RlSetup, arguments: RLOOConfig, guards: Guards) -> AnchoredRlooTrainer:
+    """The trainer of the policy. A sharded one has its adapters already, another gets them here."""
+    if setup.sharded is not None:
+        return AnchoredRlooTrainer(setup.rollout, None, arguments, guards, None, setup.trained)
+    return AnchoredRlooTrainer(setup.rollout, None, arguments, guards, lora_config(config, "CAUSAL_LM"))
+
+
+def computes_in_half(setup: RlSetup) -> bool:
+    """Whether the products of a sharded policy are in half precision."""
+    return setup.sharded is not None and setup.sharded.compute != torch.float32
 
 
 def warn_of_other_tokens(config: RlhfConfig, progress: Progress) -> None:
@@ -202,11 +237,13 @@ def seed_of(config: RlhfConfig) -> int:
     return config.seed if config.eval_seed is None else config.eval_seed
 
 
-def alike_of(config: RlhfConfig, half: bool) -> str | None:
+def alike_of(config: RlhfConfig) -> str | None:
     """The procedure of the evaluations; None on a part of the training prompts, which no other command measures on."""
     if config.heldout is None:
         return None
-    return procedure(config, config.sft or config.policy, config.heldout, 1, seed_of(config), half)
+    return procedure(
+        config, config.sft or config.policy, config.heldout, 1, seed_of(config), frozen_dtype(config.dtype)
+    )
 
 
 @dataclass(eq=False)
@@ -223,12 +260,8 @@ class PolicyEvaluation(PeriodicEvaluation):
 
     def measure(self, step: int) -> None:
         """Log one point of the trajectory and let the guards judge it."""
-        rollout, config = self.setup.rollout, self.config
-        params = SamplingParams(config.max_new_tokens, config.temperature)
-        settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
-        seen = measuring(self.trainer.model, f"step {step}: the policy on held-out prompts")
-        with seen, self.trainer.accelerator.autocast():
-            measured = measure(rollout.policy, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
+        measured = self.measured(step)
+        free_cached()
         found = measured.columns()
         kl, truncated = float(found["kl"] or 0.0), float(found["truncated"] or 0.0)
         if step == 0 and self.setup.starts_at_sft and abs(kl) > TOLERANCE_FP32:
@@ -241,6 +274,28 @@ class PolicyEvaluation(PeriodicEvaluation):
             self.run.sample(step, **row)
         self.guards.measured(step, kl, truncated)
 
+    def measured(self, step: int) -> Measurement:
+        """Measure the policy as `eval` and `pareto` would load it; rounded copies of the models end with this call."""
+        rollout, config = self.setup.rollout, self.config
+        params = SamplingParams(config.max_new_tokens, config.temperature)
+        settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
+        seen = f"step {step}: the policy on held-out prompts"
+        if (parts := self.setup.sharded) is not None:  # lent the weights in this form
+            with measuring(parts.measured, seen):
+                return measure(parts.measured, self.setup.reference, rollout.chat, self.rows, [rollout.score], settings)
+        dtype = frozen_dtype(config.dtype)
+        with (
+            trained_weights(rollout.policy, self.setup.base, dtype) as policy,
+            as_loaded(self.setup.reference, dtype) as reference,
+            measuring(self.watched(policy), seen),
+        ):
+            return measure(policy, reference, rollout.chat, self.rows, [rollout.score], settings)
+
+    def watched(self, policy: CausalLM) -> CausalLM:
+        """The network that must run in a measurement: `policy`, the trained one or a rounded copy of it."""
+        trained = plain_model(self.trainer.model)
+        return policy if self.setup.rollout.policy is trained else trained
+
     def summary(self) -> dict[str, float | None]:
         """The last measurement, which may be of the part of the run before a resume."""
         last = evaluations(self.run)[-1]
@@ -252,10 +307,33 @@ def save(trainer: AnchoredRlooTrainer, setup: RlSetup, config: RlhfConfig, run: 
     chat, policy = setup.rollout.chat, setup.rollout.policy
     if config.lora_output == "adapter":
         save_adapter(trainer.model, chat.tokenizer, run.path)
+    elif is_rounded(policy):
+        save_on_base(products_of(policy), setup, config, run.path)
     else:
         save_plain(policy if setup.base is None else merged_copy(setup.base, policy), setup, run.path)
-    if trainer.anchor is not None:
+    if trainer.anchor is not None and is_rounded(policy):
+        save_on_base(trainer.anchor.products(), setup, config, run.path / "ema")
+    elif trainer.anchor is not None:
         save_plain(trainer.anchor.plain(), setup, run.path / "ema")
+
+
+def save_on_base(products: Products, setup: RlSetup, config: RlhfConfig, directory: Path) -> None:
+    """Save products on the weights of `config.policy` as they are on the disk; turns end as the policy's."""
+    policy, chat = setup.rollout.policy, setup.rollout.chat
+    policy.generation_config.eos_token_id = chat.stop_ids
+    directory.mkdir(exist_ok=True)
+    write_merged(policy, products, config.policy, chat.tokenizer, directory)
+
+
+def difference(
+    trainer: AnchoredRlooTrainer, setup: RlSetup, config: RlhfConfig, run: Run, progress: Progress
+) -> JsonObject:
+    """How far the output is from the policy that was trained, on prompts, if that has a quantised base."""
+    policy, rollout = setup.rollout.policy, setup.rollout
+    if config.lora_output == "adapter" or config.base_bits is None:
+        return {}
+    prompts = [rollout.encode(prompt) for prompt in rollout.prompts[:DIFFERENCE_PROMPTS]]
+    return policy_difference(policy, run.path, prompts, progress, trainer.args.bf16)
 
 
 def save_plain(model: CausalLM, setup: RlSetup, directory: Path) -> None:

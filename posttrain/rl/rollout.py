@@ -28,6 +28,7 @@ from gemma2.posttrain.models.sampler import Completions, SamplingParams, random_
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.rewards.functions import Sampled, Score
 from gemma2.posttrain.schemas import RlFields
+from gemma2.posttrain.sharding.lending import opened
 from gemma2.posttrain.training.first_steps import STEPS
 from gemma2.posttrain.training.one_row import check_bos
 
@@ -145,12 +146,16 @@ class Rollout:
         rows = len(prompts) * params.n
         everyone = random_numbers(rows * self.ranks.size, params, self.generator)
         own = everyone[rows * self.ranks.rank : rows * (self.ranks.rank + 1)]
-        return sample(self.policy, prompts, params, self.chat.stop_ids, pad_id, None, self.batch_size, own)
+        with opened(self.policy):
+            return sample(self.policy, prompts, params, self.chat.stop_ids, pad_id, None, self.batch_size, own)
 
     def scores(
         self, rows: Sequence[Prompt], pairs: Sequence[Sequence[int]], drawn: Completions
     ) -> Mapping[str, Sequence[float]]:
-        """`reward`: r(x, y) of each completion, penalties included; and its parts."""
+        """`reward`: r(x, y) of each completion, penalties included; and its parts.
+
+        Without autocast: reward models compute in their own dtype, and functions are the user's code.
+        """
         sampled = Sampled(
             rows=[rows[i] for i in drawn.prompt_index],
             prompts=pairs,
@@ -158,13 +163,15 @@ class Rollout:
             texts=[self.chat.decode(ids) for ids in drawn.ids],
             truncated=drawn.truncated,
         )
-        return self.score(sampled)
+        with torch.autocast(self.policy.device.type, enabled=False):
+            return self.score(sampled)
 
     def log_ratios(self, pairs: Sequence[Sequence[int]], drawn: Completions) -> Tensor:
         """log pi(y | x) - log anchor(y | x), (N,) fp32 nats; 0 without an anchor."""
         if self.anchor is None:
             return torch.zeros(len(pairs))
-        scored = token_logps(self.anchor, pairs, drawn.ids, self.batch_size, self.config.temperature)
+        with opened(self.anchor):
+            scored = token_logps(self.anchor, pairs, drawn.ids, self.batch_size, self.config.temperature)
         # Token by token before the sum: two long sums would cancel.
         return torch.stack([(torch.tensor(own) - other).sum() for own, other in zip(drawn.logps, scored, strict=True)])
 

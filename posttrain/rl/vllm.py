@@ -12,9 +12,10 @@ from pi. TRL's RLOOTrainer does the same and leaves it there; its GRPOTrainer we
 (vllm_importance_sampling_correction). We do not correct it either, but show it: `mismatch`, mean log mu - log pi per
 token, an estimate of KL(mu || pi). A run stops if it is far above rounding, because vLLM then computes another model.
 
-Deviations from TRL: (1) every completion has its own seed, from the run's generator, so that runs of different
-seeds differ, a resumed run goes on with the seeds it would have had, and no two completions share random numbers. TRL
-sends none; one seed for all would give the n colocated samples of a prompt the same text. vLLM repeats itself only
+Deviations from TRL: (1) samples are drawn from the run's generator: runs of different seeds differ, and a resumed run
+goes on with the seeds it would have had. TRL sends none. `--vllm-seeds batch` seeds torch before all samples of a step
+are drawn in this process; `request` gives each completion its own seed, for which vLLM draws row by row. One seed for
+all requests would give the n samples of a prompt the same text. A server gets a seed for each request. vLLM repeats itself only
 approximately, since a row's last bits depend on its neighbours: with it a resumed run is no longer bit-exact. (2) LoRA
 products are added to weights on their way to vLLM and not in the policy: taken off again there, they would leave
 rounding in weights that are frozen, and that the reference and the anchor share.
@@ -30,10 +31,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
@@ -45,11 +46,14 @@ from gemma2.core.ranks import ALONE, Ranks
 from gemma2.core.secret_text import masked
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.doctor.vllm_probe import refuse_wrong_attention
+from gemma2.posttrain.models.loading import default_device
 from gemma2.posttrain.models.lora import adapted_weights
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions
 from gemma2.posttrain.models.scorer import token_logps
+from gemma2.posttrain.quantisation.convert import quantised_layers
 from gemma2.posttrain.schemas import RlFields, RlhfConfig, VllmFields
+from gemma2.posttrain.sharding.lending import is_lent, lent_weights, opened
 
 __all__ = ["VllmSampler", "check_usable", "compare_attention"]
 
@@ -73,6 +77,7 @@ class VllmSampler:
         generator: torch.Generator,
         batch_size: int,
         ranks: Ranks = ALONE,
+        each_request: bool = True,
     ) -> None:
         self.generation = generation
         self.policy = policy
@@ -81,6 +86,10 @@ class VllmSampler:
         self.batch_size = batch_size
         self.ranks = ranks
         self.mismatch: float | None = None
+        # Gradients of adapters alone are reduced so fast that NCCL still clears its channels when the products of
+        # vLLM's tensor parallelism begin, which hangs (trl#3671). TRL waits there only for a policy in peft's wrapper.
+        adapted = any(hasattr(module, "lora_A") for module in policy.modules()) or is_lent(policy)
+        self.drains = generation.mode == "colocate" and generation.tensor_parallel_size > 1 and adapted
         self._synced = False
         self._environment: dict[str, str | None] = {}
         self._seeds = _Seeds()
@@ -88,7 +97,7 @@ class VllmSampler:
             if ranks.is_main:
                 generation.vllm_client = _SeededClient(generation.vllm_client, self._seeds)
         else:
-            generation.llm = _SeededLLM(generation.llm, self._seeds)
+            generation.llm = _SeededLLM(generation.llm, self._seeds, each_request)
 
     @classmethod
     def start(
@@ -103,7 +112,8 @@ class VllmSampler:
     ) -> VllmSampler:
         """Start vLLM next to the policy, or connect to the server.
 
-        policy: the causal LM in training, whole on every process, with adapters in its layers if it has any.
+        policy: the causal LM in training with adapters in its layers if it has any, or the one that a sharded policy
+        lends its weights to.
         generator: the same on every process, and all the state there is.
         Raises UsageError where vLLM or a GPU is missing or the processes do not divide, InputError where vLLM or the
         server refuses.
@@ -134,7 +144,8 @@ class VllmSampler:
             _restore(environment)
             detail = " ".join(str(error).split())[:200]
             raise InputError(f"--engine vllm does not start: {detail}", "see vLLM's own log above") from error
-        sampler = cls(generation, policy, chat, generator, batch_size, ranks)
+        each = config.vllm_seeds == "request"
+        sampler = cls(generation, policy, chat, generator, batch_size, ranks, each)
         sampler._environment = environment
         return sampler
 
@@ -151,10 +162,13 @@ class VllmSampler:
         if not self._synced:
             raise RuntimeError("vLLM has not been given the policy's weights: call sync() first")
         slots = [list(prompt) for prompt in prompts for _ in range(n)]
+        if self.drains:
+            torch.distributed.barrier()
         self._seeds.renew(self.generator, self._first_slot(len(slots)))
         _, drawn, theirs, _ = self.generation.generate(prompts=slots, images=None, num_generations=n)
         ids = [list(completion) for completion in drawn]
-        logps = token_logps(self.policy, slots, ids, self.batch_size, self.generation.temperature)
+        with opened(self.policy):
+            logps = token_logps(self.policy, slots, ids, self.batch_size, self.generation.temperature)
         self.mismatch = _mismatch(theirs, logps)
         if self.mismatch is not None and not abs(self.mismatch) < ANOTHER_MODEL:
             raise GuardStop(
@@ -187,13 +201,35 @@ class VllmSampler:
 
 
 class PlainWeights(VLLMGeneration):  # type: ignore[misc]  # the library is not typed
-    """TRL's generation, given the weights of a plain model whether or not the policy has adapters."""
+    """TRL's generation, given the weights of a plain model: of one with adapters, or of one that is divided.
+
+    TRL's own walk through a sharded model takes each parameter for a shard, and ends where a forward pass has left one
+    whole; here `lending.py` gathers them. For a server they are all gathered, into memory of the host of rank 0, before
+    the first is sent: while rank 0 waits for the server, the others would wait for it in the next gather.
+    """
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        if is_lent(self.model):
+            yield from self._gathered()
+            return
+        packed = {f"{name}.weight": layer for name, layer in quantised_layers(cast(nn.Module, self.model))}
         for name, parameter in self.model.named_parameters():
             if ".lora_" not in name and not name.endswith(".base_layer.weight"):
-                yield name.replace(".base_layer.", "."), parameter.data
+                value = packed[name].dequantised() if name in packed else parameter.data
+                yield name.replace(".base_layer.", "."), value
         yield from adapted_weights(self.model)
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        if self.mode == "colocate":
+            yield from lent_weights(self.model)  # each process loads a tensor before the next is gathered
+            return
+        main = self.accelerator.is_main_process
+        held = [(name, value.cpu() if main else value.new_empty(0)) for name, value in lent_weights(self.model)]
+        self.accelerator.wait_for_everyone()
+        device = self.accelerator.device
+        while held:
+            name, value = held.pop(0)
+            yield name, value.to(device) if main else value
 
 
 def check_usable(config: VllmFields, device: torch.device, ranks: Ranks) -> None:
@@ -255,20 +291,31 @@ class _Seeds:
 
 
 class _SeededLLM:
-    """vLLM's LLM, each request with its own seed."""
+    """vLLM's LLM in this process, each request with its own seed, or torch seeded before a batch and put back after it.
 
-    def __init__(self, llm: Any, seeds: _Seeds) -> None:  # noqa: ANN401
+    Processes that hold one copy of the policy together get the same seeds, as vLLM needs it.
+    """
+
+    def __init__(self, llm: Any, seeds: _Seeds, each: bool) -> None:  # noqa: ANN401
         self._llm = llm
         self._seeds = seeds
+        self._each = each
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._llm, name)
 
     def generate(self, prompts: Sequence[object], sampling_params: Any, **options: object) -> Any:  # noqa: ANN401
-        each = [copy.copy(sampling_params) for _ in prompts]
-        for number, params in enumerate(each):
-            params.seed = self._seeds.first + number
-        return self._llm.generate(prompts, sampling_params=each, **options)
+        if self._each:
+            each = [copy.copy(sampling_params) for _ in prompts]
+            for number, params in enumerate(each):
+                params.seed = self._seeds.first + number
+            return self._llm.generate(prompts, sampling_params=each, **options)
+        device = default_device()
+        on_cpu = device.type == "cpu"
+        places = [] if on_cpu else [torch.accelerator.current_device_index()]
+        with torch.random.fork_rng(places, device_type="cuda" if on_cpu else device.type):
+            torch.manual_seed(self._seeds.first)
+            return self._llm.generate(prompts, sampling_params=sampling_params, **options)
 
 
 class _Reply(Protocol):

@@ -28,6 +28,7 @@ from gemma2.posttrain.schemas.config import Config
 
 from .commands import COMMANDS
 from .run_directory import RunOptions, RunResult, remove_resume_state
+from .together import SHARED, together
 
 __all__ = ["publish_finished", "tidy"]
 
@@ -39,6 +40,9 @@ def publish_finished(config: Config, options: RunOptions) -> RunResult | None:
     """
     if announced() == 1:
         return _published(config, options)
+    if type(config) in SHARED:
+        with together(config) as ranks:
+            return ranks.on_main(lambda: _published(config, options))
     if not isinstance(config, RlhfConfig):  # refused by `open_run`: the processes need not meet
         return None
     return join("rlhf").on_main(lambda: _published(config, options))

@@ -47,14 +47,18 @@ from gemma2.posttrain.provenance.version_rule import (
 )
 from gemma2.posttrain.schemas.config import Config
 
+from .accelerator import accelerator_stack, precision_of
 from .live import clear_live
 from .memory_shortage import out_of_memory
 from .run_options import RunOptions, RunResult
+from .together import goes_on_with_any_number
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
 
 # A complete run that was not moved yet, a checkpoint, finished rows, a finished stage of WARP, an interrupted stage,
 # or the log of a failed one.
+SHARDED = "fsdp"  # the strategy whose checkpoints any number of processes can read
+BEFORE = "processes_before"  # of a record while a run goes on with another number of them
 KEPT = (MANIFEST, f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "logs/*")
 
 
@@ -92,6 +96,17 @@ class Run:
     def checkpoints(self) -> Path:
         """Directory of the resume state; removed at the end."""
         return self.path / CHECKPOINTS
+
+    def goes_on_at(self, step: int) -> None:
+        """Record, for the manifest, from which checkpoint on a resumed run has another number of processes."""
+        self.ranks.on_main(lambda: self._note_processes(step))
+
+    def _note_processes(self, step: int) -> None:
+        before, now_many = self.origin.pop(BEFORE, None), self.origin.get("processes", 1)
+        if before is not None:
+            said = str(self.origin.get("processes_by_step", before))
+            self.origin["processes_by_step"] = f"{said}, from step {step}: {now_many}"
+            write_json(self.path / STATE, self.origin)
 
     def log(self, step: int, **metrics: object) -> None:
         """Append one line to metrics.jsonl."""
@@ -174,9 +189,10 @@ def _step_of(line: bytes) -> float:
         return float("inf")
 
 
-def hardware() -> JsonObject:
-    """The kind of machine, without anything that identifies it."""
-    return {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
+def hardware(config: Config) -> JsonObject:
+    """The kind of machine and its accelerator, without anything that identifies it."""
+    machine = {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()}
+    return {**machine, **accelerator_stack(config)}
 
 
 def check_parents(parents: Sequence[Parent]) -> None:
@@ -209,15 +225,37 @@ def check_parents(parents: Sequence[Parent]) -> None:
 def check_unchanged(before: JsonMapping, start: Start, partial: Path) -> None:
     """Raise InputError if configuration, inputs, data or libraries have changed since the run began."""
     changed, allowed = kept_apart(start.command, start.config, before)
-    processes = before.get("processes", 1)
-    if processes != start.processes:
-        changed.append(Change("processes", processes, start.processes, by_value=True))
+    hint = "restore that, or start over with --force"
+    if spread := _spread_otherwise(before, start):
+        hint = hint if changed else f"{_as_it_began(before)}, or start over with --force"
+        changed += spread
     versions = [] if versions_allowed() else allowed
     if changed or versions:
         raise InputError(
             f"cannot resume {partial}: changed since it began: {', '.join(map(str, [*changed, *versions]))}",
-            "restore that, or start over with --force" if changed else way_on("--force"),
+            hint if changed else way_on("--force"),
         )
+
+
+def _spread_otherwise(before: JsonMapping, start: Start) -> list[Change]:
+    """What keeps a run from going on with these processes: the state of a sharded one can be read by any number."""
+    processes, strategy = before.get("processes", 1), before.get("strategy", start.strategy)
+    found = []
+    if processes != start.processes and strategy != SHARDED and not goes_on_with_any_number(start.command):
+        found.append(Change("processes", processes, start.processes, by_value=True))
+    if strategy != start.strategy:
+        found.append(Change("strategy", strategy, start.strategy, by_value=True))
+    return found
+
+
+def _as_it_began(before: JsonMapping) -> str:
+    """How to start a run again so that its checkpoints fit."""
+    strategy = before.get("strategy", "")
+    if strategy == SHARDED:
+        return f"give --strategy {SHARDED}"
+    number = before.get("processes", 1)
+    processes = "1 process" if number == 1 else f"{number} processes"
+    return f"start it on {processes}" + (f" with --strategy {strategy}" if strategy == "ddp" else "")
 
 
 def resumed_with(config: Config, out: Path) -> str:
@@ -294,7 +332,8 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
         "processes": start.processes,
         **({"strategy": start.strategy} if start.strategy else {}),
         **made_with(start.command),
-        "hardware": hardware(),
+        "hardware": hardware(config),
+        **({"precision": precision} if (precision := precision_of(config)) else {}),
         "started": now(),
     }
     held.enter_context(locked(options.out))
@@ -313,6 +352,10 @@ def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
         before = read_state(partial)
         check_unchanged(before, start, partial)
         origin |= {"started": before.get("started"), **continued(start.command, start.config, before)}
+        if "processes_by_step" in before:
+            origin["processes_by_step"] = before["processes_by_step"]
+        if before.get("processes", 1) != start.processes:
+            origin[BEFORE] = before.get("processes", 1)
         if "continued" in origin:
             write_json(partial / STATE, origin)  # from here it is a run of these versions
         return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
@@ -191,6 +191,10 @@ class LoraFields(Config):
     lora_targets: tuple[str, ...] = Field(
         (), description="modules to adapt, by the last part of their names; default: all linear layers except the head"
     )
+    base_bits: Literal[4, 8] | None = Field(
+        None,
+        description="keep the linear layers under a LoRA adapter in 4 bits (NF4) or 8; outputs have the base as it was",
+    )
 
     @property
     def alpha(self) -> float:
@@ -207,6 +211,25 @@ class LoraFields(Config):
         rank = values.get("lora_rank")
         adapted = (isinstance(rank, int | float) and rank > 0) or (isinstance(rank, str) and rank.strip("0 ") != "")
         return values | {"learning_rate": LORA_RATE * field.default} if adapted else values
+
+    @field_validator("base_bits", mode="before")
+    @classmethod
+    def _bits_may_be_text(cls, value: object) -> object:
+        return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+    @model_validator(mode="after")
+    def _only_a_frozen_base_is_quantised(self) -> Self:
+        if self.base_bits is not None and self.lora_rank == 0:
+            raise ValueError(
+                f"base_bits={self.base_bits} is for the frozen base of an adapter; give --lora-rank as well, "
+                "or drop --base-bits"
+            )
+        if self.base_bits is not None and getattr(self, "strategy", "auto") == "fsdp":
+            raise ValueError(
+                "strategy=fsdp divides weights over processes, base_bits keeps few bits of them on each; "
+                "give strategy=ddp, or drop base_bits"
+            )
+        return self
 
 
 class LoraOutputFields(LoraFields):

@@ -147,7 +147,7 @@ def reworded(problem: Problem, field: FieldInfo | None = None) -> tuple[str, str
 def _example(value: object, field: FieldInfo | None) -> str:
     """A value as the list that was meant; of a list of choices, the choice that is meant."""
     kinds = get_args(field.annotation) if field else ()
-    choices = [item for kind in kinds if get_origin(kind) is Literal for item in get_args(kind)]
+    choices = [str(item) for kind in kinds if get_origin(kind) is Literal for item in get_args(kind)]
     near = re.search("'(.*)'", _nearest(str(value), choices)) if choices else None
     if near is not None or choices:
         return f"[{near[1] if near else choices[0]}]"
@@ -169,7 +169,8 @@ def _nearest(value: str, choices: Sequence[str]) -> str:
 
 def _choices(problem: Problem) -> list[str]:
     """The values that a problem says were expected."""
-    return re.findall(r"'([^']*)'", str(problem.get("ctx", {}).get("expected", "")))
+    expected = str(problem.get("ctx", {}).get("expected", ""))
+    return re.findall(r"'([^']*)'", expected) or re.findall(r"\d+", expected)
 
 
 def explained(schema: type[BaseModel], problems: Sequence[Problem], source: ValueSource) -> UsageError:

@@ -94,6 +94,11 @@ class VllmFields(Config):
     vllm_max_model_len: int | None = Field(
         None, ge=2, description="vllm colocate: longest prompt and completion, tokens; default: the model's context"
     )
+    vllm_seeds: Literal["batch", "request"] = Field(
+        "batch",
+        description="vllm colocate: one seed for all samples of a step, which is faster; or one for each, so that what is "
+        "drawn next to a sample does not change it",
+    )
     vllm_sleep_mode: bool = Field(
         False, description="vllm colocate: give its weights and cache back to the GPU while the policy is updated"
     )
@@ -103,6 +108,7 @@ class VllmFields(Config):
         server = self.vllm_mode == "server"
         shared = self.vllm_memory != type(self).model_fields["vllm_memory"].default
         shared = shared or self.vllm_max_model_len is not None or self.vllm_sleep_mode
+        shared = shared or self.vllm_seeds != type(self).model_fields["vllm_seeds"].default
         given = self.vllm_server_url is not None or server or self.vllm_tensor_parallel > 1 or shared
         if self.engine != "vllm" and given:
             raise ValueError("the options of vLLM are for --engine vllm; give it, or drop them")
@@ -110,8 +116,8 @@ class VllmFields(Config):
             raise ValueError("--vllm-mode server and --vllm-server-url go together; give both, or neither")
         if server and (self.vllm_tensor_parallel > 1 or shared):
             raise ValueError(
-                "--vllm-tensor-parallel, --vllm-memory, --vllm-max-model-len and --vllm-sleep-mode are for colocate; "
-                "set them where the server is started"
+                "--vllm-tensor-parallel, --vllm-memory, --vllm-max-model-len, --vllm-seeds and --vllm-sleep-mode are for "
+                "colocate; set them where the server is started"
             )
         if self.vllm_server_url is not None:
             check_address(self.vllm_server_url, "--vllm-server-url")
@@ -127,14 +133,20 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
     anchor: Literal["ema", "sft", "none"] = Field(
         "ema", description="reference of the KL penalty: the policy's average, the SFT policy, or no penalty"
     )
-    mu: float = Field(0.01, ge=0, le=1, description="EMA rate of the anchor, per optimizer step")
+    mu: float = Field(
+        0.01, ge=0, le=1, description="EMA rate of the anchor, per optimizer step, or per --ema-every of them"
+    )
+    ema_every: int = Field(
+        1, ge=1, description="optimizer steps between updates of the anchor; --mu is then per that many steps"
+    )
     anchor_memory: Literal["gpu", "cpu"] = Field(
         "gpu",
         description="where the fp32 average is kept: on the GPU, or on the host with a bf16 copy for scoring",
     )
     lora_anchor: Literal["dense", "factors"] = Field(
         "dense",
-        description="what is averaged for a LoRA policy: W + s B A, exact; or A and B, small but an approximation",
+        description="what is averaged for a LoRA policy: W + s B A, exact; or A and B, small but an approximation; "
+        "with --base-bits the default is factors",
     )
     temperature: float = Field(0.9, gt=0, le=5, description="sampling temperature")
     max_new_tokens: int = Field(256, ge=1, description="completion limit, tokens")
@@ -145,6 +157,19 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
         200.0, gt=0, description="stop when the KL to the SFT policy reaches this limit, nats per sequence"
     )
     max_dead_steps: int = Field(50, ge=1, description="stop after this many steps without any difference in reward")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_bits_keep_a_small_anchor(cls, values: object) -> object:
+        """Fill in the anchor of a quantised base: a dense one has its matrices in fp32, 8 times the base's 4 bits."""
+        if not isinstance(values, dict) or values.get("lora_anchor") is not None or not values.get("base_bits"):
+            return values
+        averaged = values.get("anchor", "ema") == "ema" and values.get("anchor_memory", "gpu") == "gpu"
+        return (
+            values | {"lora_anchor": "factors"}
+            if averaged and values.get("lora_rank") not in (None, 0, "0")
+            else values
+        )
 
     @model_validator(mode="after")
     def _options_fit_each_other(self) -> RlFields:
@@ -157,6 +182,8 @@ class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
             raise ValueError("lora_dropout would train a different policy from the one that sampled; leave it at 0")
         if self.anchor_memory == "cpu" and (self.anchor != "ema" or self.lora_anchor == "factors"):
             raise ValueError("anchor_memory=cpu is for an average of full weights; leave it at gpu")
+        if self.ema_every > 1 and self.anchor != "ema":
+            raise ValueError("ema_every is for anchor=ema; drop it")
         if self.lora_anchor == "factors" and (self.lora_rank == 0 or self.anchor != "ema"):
             raise ValueError("lora_anchor=factors is an EMA of adapters; give lora_rank and anchor=ema, or drop it")
         return self

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, Overlong, example_of, report_overlong, tokenise
@@ -26,17 +27,14 @@ from gemma2.posttrain.data.mixture import Mixture
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, located, split
 from gemma2.posttrain.data.tokenizer import Tokenizer
-from gemma2.posttrain.models.loading import (
-    default_device,
-    load_policy,
-    load_tokenizer,
-    quiet_libraries,
-    save_model,
-)
-from gemma2.posttrain.models.lora import merged, save_adapter
+from gemma2.posttrain.launch.agreement import check_shares
+from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries
+from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
-from gemma2.posttrain.schemas import SftConfig
+from gemma2.posttrain.schemas import RewardConfig, SftConfig
+from gemma2.posttrain.sharding.placement import placed
+from gemma2.posttrain.sharding.results import save_result, save_trained_adapter
 from gemma2.posttrain.training.heldout import HeldOut, heldout_loss
 from gemma2.posttrain.training.one_row import check_targets
 from gemma2.posttrain.training.tracking import check_tracking
@@ -66,20 +64,23 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
     Raises InputError for unusable data or models, UsageError for options that do not fit, GuardStop on NaN.
     """
     quiet_libraries()
-    accumulation = accumulation_steps(config.batch_size, config.micro_batch_size)
+    placement, progress = placed("sft", config, progress)
+    ranks = placement.ranks
+    accumulation = accumulation_steps(config, ranks)
     check_tracking(config.report_to)
-    with open_run("sft", config, options) as run:
+    with open_run("sft", config, options, ranks=ranks, strategy=placement.strategy) as run:
         run.origin["attention"] = settle_attention(
             config.attention, [config.model], progress, device=default_device(), learns=True, packed=config.packing
         )
-        model, tokenizer = load_policy(config.model, attention=config.attention)
+        model, tokenizer = placement.policy(config.model, attention=config.attention)
         chat = ChatFormat(tokenizer, model.generation_config)
         reading = Reading(config)
         rows = read_rows(config, chat, reading, progress)
-        unread = reading.report(progress, run.path)
-        (rows.overlong + rows.heldout_overlong).write(run.path / OVERLONG_FILE)
+        unread = reading.report(progress, run.path if ranks.is_main else None)
+        if ranks.is_main:
+            (rows.overlong + rows.heldout_overlong).write(run.path / OVERLONG_FILE)
         mixture = Mixture.of(rows.sizes, config.weights, config.seed)
-        trainer = make_trainer(model, tokenizer, rows.examples, config, run, accumulation, mixture)
+        trainer = make_trainer(model, tokenizer, rows.examples, config, run, accumulation, mixture, placement)
         if not rows.heldout and (config.keep == "best" or config.patience is not None):
             raise UsageError(
                 "no rows are held out for --keep best or --patience", "give --eval-fraction or --eval-data"
@@ -98,15 +99,20 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
         return run.finish(figures | counts(rows, mixture, config) | unread | evaluation.summary(progress))
 
 
-def accumulation_steps(batch_size: int, micro_batch_size: int | None) -> int:
-    """Return the number of forward passes per optimizer step."""
-    if micro_batch_size is None:
-        return 1
-    if batch_size % micro_batch_size:
-        raise UsageError(
-            f"--batch-size {batch_size} is not a multiple of --micro-batch-size {micro_batch_size}", "change one"
+def accumulation_steps(config: SftConfig | RewardConfig, ranks: Ranks = ALONE) -> int:
+    """Return the number of forward passes per optimizer step in each process.
+
+    Raises UsageError if the processes do not have equal shares of a batch, or a share is no number of passes.
+    """
+    check_shares(config, ranks.size)
+    rows = config.batch_size // ranks.size
+    micro = config.micro_batch_size or rows
+    if rows % micro:
+        share = f"--batch-size {config.batch_size}" + (
+            f" is {rows} for each of {ranks.size} processes," if ranks.size > 1 else " is"
         )
-    return batch_size // micro_batch_size
+        raise UsageError(f"{share} not a multiple of --micro-batch-size {micro}", "change one")
+    return rows // micro
 
 
 def read_rows(config: SftConfig, chat: ChatFormat, reading: Reading, progress: Progress) -> Rows:
@@ -166,11 +172,10 @@ def counts(rows: Rows, mixture: Mixture, config: SftConfig) -> JsonObject:
 def write_model(model: CausalLM, tokenizer: Tokenizer, chat: ChatFormat, config: SftConfig, run: Run) -> None:
     """Write the output: a plain model, or the adapter alone."""
     if config.lora_output == "adapter":
-        save_adapter(model, tokenizer, run.path)
+        save_trained_adapter(model, tokenizer, run.path, run.ranks.is_main)
         return
-    model = merged(model)
-    model.generation_config.eos_token_id = chat.stop_ids
-    save_model(model, tokenizer, run.path)
+    plain_model(model).generation_config.eos_token_id = chat.stop_ids
+    save_result(model, tokenizer, run.path, run.ranks.is_main)
 
 
 def show_tokens(config: SftConfig, count: int) -> list[JsonObject]:

@@ -39,7 +39,7 @@ from gemma2.posttrain.models.protocols import Network
 
 from .units import ShardLayout, shard
 
-__all__ = ["divide", "skeleton", "whole_name"]
+__all__ = ["divide", "skeleton", "whole_name", "write_part"]
 
 Factory = type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]
 
@@ -130,12 +130,12 @@ def _fill(model: nn.Module, path: Path, kept: Mapping[str, Tensor], unread: set[
                 f"{path} {kind} tensor {min(names)}{more}", "check that the weights belong to its config.json"
             )
     for name, value in kept.items():
-        _write_part(parameters[name], value, name, path)
+        write_part(parameters[name], value, name, path)
     worst = ""
     for file in sorted({places[name] for name in wanted}):
         with safe_open(file, framework="pt") as opened:
             for name in (name for name in wanted if places[name] == file):
-                part = _write_part(parameters[wanted[name]], opened.get_slice(name), name, path)
+                part = write_part(parameters[wanted[name]], opened.get_slice(name), name, path)
                 if not torch.isfinite(part.sum(dtype=torch.float32)) and not torch.isfinite(part).all():
                     worst = worst or name
     found: list[str | None] = [None] * dist.get_world_size()
@@ -150,7 +150,7 @@ class _Sliced(Protocol):
     def __getitem__(self, ranges: tuple[slice, ...]) -> Tensor: ...
 
 
-def _write_part(parameter: nn.Parameter, saved: _Sliced | Tensor, name: str, path: Path) -> Tensor:
+def write_part(parameter: nn.Parameter, saved: _Sliced | Tensor, name: str, path: Path) -> Tensor:
     """Copy this process's part of a tensor into its shard and return the shard."""
     shape = tuple(saved.shape if isinstance(saved, Tensor) else saved.get_shape())  # type: ignore[attr-defined]
     if shape != tuple(parameter.shape):

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from gemma2.core.ranks import Ranks
+from gemma2.posttrain.models.scorer import Pace
 
-__all__ = ["in_step"]
+from .units import is_sharded
+
+__all__ = ["in_step", "pace_of"]
 
 T = TypeVar("T")
 
 
-def in_step(parts: Sequence[T], ranks: Ranks) -> Iterator[tuple[T, bool]]:
-    """Yield each part with True, then a part again, with False, until every process has had the same number.
-
-    Raises RuntimeError for a process without any part: it has nothing to run a forward pass with.
-    """
+def in_step(parts: Sequence[T], ranks: Ranks) -> Iterator[T | None]:
+    """Yield each part, then None until every process has had the same number: a forward pass that nobody needs."""
     most = max(ranks.gather(len(parts)))
-    if most and not parts:
-        raise RuntimeError("a process has no rows to score while others do")
-    for i in range(most):
-        yield (parts[i], True) if i < len(parts) else (parts[0], False)
+    yield from parts
+    yield from [None] * (most - len(parts))
+
+
+def pace_of(model: object, ranks: Ranks) -> Pace:
+    """The pace at which `model`, without peft's wrapper, runs batches: that of all processes if it is sharded."""
+
+    def pace(batches: Sequence[list[int]]) -> Iterable[list[int] | None]:
+        return in_step(batches, ranks) if is_sharded(model) else batches
+
+    return pace

@@ -11,7 +11,7 @@ written to them then (an anchor's update) is lost at the next reshard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,9 +23,21 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from gemma2.core.ranks import Ranks
+from gemma2.posttrain.models.lora import plain_class
 from gemma2.posttrain.models.protocols import Network
 
-__all__ = ["ShardLayout", "gathered", "is_sharded", "layers_of", "layout_of", "local", "plain_class", "shard", "whole"]
+__all__ = [
+    "ShardLayout",
+    "gathered",
+    "is_sharded",
+    "layers_of",
+    "layout_of",
+    "local",
+    "plain_class",
+    "shard",
+    "whole",
+    "whole_head",
+]
 
 
 @dataclass(frozen=True)
@@ -91,14 +103,6 @@ def is_sharded(model: object) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def plain_class(model: object) -> type:
-    """The class of a model as it was before `shard`, which puts a subclass with another name in its place."""
-    kind = type(model)
-    if not isinstance(model, FSDPModule):
-        return kind
-    return next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
-
-
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor; a tensor that is not divided as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -131,14 +135,36 @@ def whole(*models: object) -> Iterator[None]:
             unit.reshard()
 
 
+@contextmanager
+def whole_head(*models: object) -> Iterator[None]:
+    """Gather what sharded models have outside their layers: embedding, head, last norm; others are left alone.
+
+    Layers gather their weights as they run, so each process has to run as many forward passes as the others.
+    """
+    roots = [model for model in models if isinstance(model, FSDPModule)]
+    try:
+        for root in roots:
+            root._get_fsdp_state()._lazy_init()
+            root.set_reshard_after_forward(False, recurse=False)
+            root.unshard()
+        yield
+    finally:
+        for root in roots:
+            root.set_reshard_after_forward(True, recurse=False)
+            root.reshard()
+
+
 @torch.no_grad()
-def gathered(model: Network) -> Iterator[tuple[str, Tensor]]:
+def gathered(model: Network, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, whole tensor on the CPU) of every parameter, tied ones once. Every process has to go through all.
 
+    names: of the parameters that are wanted; default: all.
     Only rank 0 keeps the values: the others get an empty tensor. Parameters that are not divided come as they are.
     """
     main = dist.get_rank() == 0
     for name, parameter in model.named_parameters():
+        if names is not None and name not in names:
+            continue
         value = parameter.detach()
         if isinstance(value, DTensor):
             value = value.full_tensor()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +20,7 @@ from gemma2.posttrain.models.protocols import Network
 
 from .units import gathered, plain_class
 
-__all__ = ["OutputTensor", "planned_of", "save_sharded", "write_weights"]
+__all__ = ["OutputTensor", "planned_of", "save_settings", "save_sharded", "write_file", "write_weights"]
 
 FILE_BYTES = 5 * 10**9
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -52,8 +53,12 @@ def save_sharded(
     values: whole tensors in the order of `planned_of(model)`, for other weights than the model's.
     """
     write_weights(planned_of(model), gathered(model) if values is None else values, directory, is_main)
-    if not is_main:
-        return
+    if is_main:
+        save_settings(model, directory)
+
+
+def save_settings(model: Network, directory: Path) -> None:
+    """Write config.json and generation_config.json of a sharded model."""
     config, name = model.config, plain_class(model).__name__
     config.architectures = [name]  # type: ignore[attr-defined]  # transformers is not typed
     config.save_pretrained(directory)  # type: ignore[attr-defined]
@@ -71,30 +76,31 @@ def write_weights(
     files = list(_files(plan))
     stream = iter(values)
     for number, tensors in enumerate(files, 1):
-        header, starts = encode_header({item.name: (NAMES[item.dtype], item.shape) for item in tensors})
-        name = _file_name(number, len(files))
-        opened = (directory / name).open("wb") if is_main else None
-        try:
-            if opened is not None:
-                opened.write(header)
-            for item in tensors:
-                found, value = next(stream)
-                if found != item.name:
-                    raise RuntimeError(f"{found} came in the place of {item.name}")
-                if opened is None:
-                    continue
-                if tuple(value.shape) != item.shape:
-                    raise RuntimeError(f"{item.name} has the shape {tuple(value.shape)}, planned was {item.shape}")
-                assert opened.tell() == starts[item.name]
-                raw = value.detach().to("cpu", item.dtype).contiguous().view(-1).view(torch.uint8)
-                opened.write(raw.numpy().data)
-        finally:
-            if opened is not None:
-                opened.close()
+        write_file(tensors, stream, directory / _file_name(number, len(files)) if is_main else None)
     if is_main and len(files) > 1:
         places = {item.name: _file_name(number, len(files)) for number, group in enumerate(files, 1) for item in group}
         index = {"metadata": {"total_size": sum(item.nbytes for item in plan)}, "weight_map": places}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_file(tensors: Sequence[OutputTensor], values: Iterable[tuple[str, Tensor]], file: Path | None) -> None:
+    """Take the values of `tensors`, in their order, and write them to a file; to none where it is None."""
+    header, starts = encode_header({item.name: (NAMES[item.dtype], item.shape) for item in tensors})
+    stream = iter(values)
+    with nullcontext() if file is None else file.open("wb") as opened:
+        if opened is not None:
+            opened.write(header)
+        for item in tensors:
+            found, value = next(stream)
+            if found != item.name:
+                raise RuntimeError(f"{found} came in the place of {item.name}")
+            if opened is None:
+                continue
+            if tuple(value.shape) != item.shape:
+                raise RuntimeError(f"{item.name} has the shape {tuple(value.shape)}, planned was {item.shape}")
+            assert opened.tell() == starts[item.name]
+            raw = value.detach().to("cpu", item.dtype).contiguous().view(-1).view(torch.uint8)
+            opened.write(raw.numpy().data)
 
 
 def _files(plan: Sequence[OutputTensor]) -> Iterator[list[OutputTensor]]:

@@ -7,7 +7,8 @@ before its third step (after a resume the same again):
     gradient   none reaches the trained weights, or none reaches the adapters
     update     a learning rate of 0 in both steps; no weight changed; no adapter changed; a frozen weight changed
 
-Weights are compared by samples, at most 2^10 elements of a tensor, evenly spaced.
+Weights are compared by samples, at most 2^10 elements of a tensor, evenly spaced. Of a model that is divided over
+processes each samples its part, and what one of them has seen counts for all: they end together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemma2.core.errors import GuardStop
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.models.protocols import Network
+from gemma2.posttrain.sharding.units import local
 
 __all__ = ["STEPS", "FirstSteps", "always"]
 
@@ -43,10 +46,12 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]  # transformers is not 
 
     begins     the step that the training goes on from, 0 or that of its checkpoint
     has_signal whether the step that was just computed has anything to learn from; a batch of RL may have none
+    ranks      the processes that take the steps together
     """
 
-    def __init__(self, label: str, begins: int, has_signal: Callable[[], bool] = always) -> None:
+    def __init__(self, label: str, begins: int, has_signal: Callable[[], bool] = always, ranks: Ranks = ALONE) -> None:
         self.label = label
+        self.ranks = ranks
         self.begins = begins
         self.has_signal = has_signal
         self.left = STEPS
@@ -90,10 +95,11 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]  # transformers is not 
             return
         self.signals += 1
         found = _gradients(cast(Network, kwargs["model"]))
-        self.learning |= found.keys()
+        having = self._of_all(found.keys())
+        self.learning |= having
         adapters = {name for name in self.trained if _is_adapter(name)}
         for names, what in ((self.trained.keys(), "trained weights"), (adapters, "adapters")):
-            if names and not found.keys() & names:
+            if names and not having & names:
                 raise self._stop(f"step {state.global_step + 1}: no gradient reaches the {what}: {_named(names)}")
         if "adam" not in str(args.optim).lower():
             return
@@ -108,7 +114,9 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]  # transformers is not 
             return
         self.left -= 1
         parameters = dict(cast(Network, kwargs["model"]).named_parameters())
-        changed = [name for name, before in self.frozen.items() if not torch.equal(before, _sample(parameters[name]))]
+        changed = self._of_all(
+            name for name, before in self.frozen.items() if not torch.equal(before, _sample(parameters[name]))
+        )
         step = f"step {state.global_step + 1}"
         if changed:
             raise self._stop(f"{step}: frozen weights changed: {_named(changed)}")
@@ -123,16 +131,22 @@ class FirstSteps(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         """Stop if nothing moved that had to: a step that is lost in rounding is reported at the end of the run."""
         if not self.signals:
             return
-        still = {name for name in self.learning if torch.equal(self.trained[name], _sample(parameters[name]))}
+        moved = {name for name in self.learning if not torch.equal(self.trained[name], _sample(parameters[name]))}
+        still = self.learning - self._of_all(moved)
+        must = self._of_all(name for name in still if self._must_move(name))
         adapters = {name for name in self.learning if _is_adapter(name)}
         for names, what in ((self.learning, "weight"), (adapters, "adapter")):
-            if names and names <= still and any(self._must_move(name) for name in names):
+            if names and names <= still and names & must:
                 raise self._stop(f"{step}: no {what} changed in the first {STEPS} steps: {_named(names)}")
 
     def _must_move(self, name: str) -> bool:
         """Whether an Adam step on a tensor cannot be lost in rounding."""
         felt = self.felt.get(name)
         return felt is not None and bool((self.trained[name][felt].abs() * ROUNDING < max(self.rates)).any())
+
+    def _of_all(self, names: Iterable[str]) -> set[str]:
+        """Return the names that any process has found."""
+        return set().union(*self.ranks.gather(set(names)))
 
     def _stop(self, what: str) -> GuardStop:
         return GuardStop(f"{self.label}: {what}", REPORT)
@@ -144,13 +158,14 @@ def _is_adapter(name: str) -> bool:
 
 def _gradients(model: Network) -> dict[str, Tensor]:
     """The gradients that are not zero, by name."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    trained = ((name, p.grad) for name, p in model.named_parameters() if p.requires_grad and p.grad is not None)
+    found = {name: local(gradient) for name, gradient in trained}
     # Of most tensors the sample says it: a pass over all gradients would be 2 % of a step.
     return {name: gradient for name, gradient in found.items() if _sample(gradient).any() or gradient.any()}
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
+    flat = local(tensor.detach()).reshape(-1)
     return flat[:: max(1, -(-flat.numel() // SAMPLE))].clone()
 
 

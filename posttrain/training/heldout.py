@@ -4,7 +4,8 @@
 
 It is measured before the first step, after every `eval_every` steps and after the last. The lowest loss, the number of
 measurements since, and (`keep` best) its weights are part of every checkpoint, so that a resumed run continues with the
-same ones. A run that stops early writes no checkpoint at its last step: a resume makes the same decision by itself. The
+same ones. Several processes measure a share of the rows each; the sum is the same on all, and so is what follows from
+it. A run that stops early writes no checkpoint at its last step: a resume makes the same decision by itself. The
 untrained model is not a candidate; if its loss is lower, a warning is shown.
 """
 
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
@@ -27,6 +27,7 @@ from transformers import TrainingArguments as Arguments
 from gemma2.core.errors import GuardStop, InputError
 from gemma2.core.json_files import JsonObject, load_json, write_json
 from gemma2.core.progress import Progress
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.core.sizes import apart
 from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.models.cross_entropy import summed_cross_entropy
@@ -34,9 +35,12 @@ from gemma2.posttrain.models.head import plain_head
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import CausalLM, Network
 from gemma2.posttrain.models.sampler import evaluating
-from gemma2.posttrain.models.scorer import head_logps, hidden_states
+from gemma2.posttrain.models.scorer import Pace, head_logps, hidden_states
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import RewardConfig, SftConfig
+from gemma2.posttrain.sharding.kept_weights import read_weights, save_trained
+from gemma2.posttrain.sharding.lockstep import pace_of
+from gemma2.posttrain.sharding.units import whole_head
 
 from .witness import measuring
 
@@ -83,9 +87,10 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         self.initial = self.first.get("heldout_loss")
 
     def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        self.best_file.unlink(missing_ok=True)
+        self.run.ranks.on_main(lambda: self.best_file.unlink(missing_ok=True))
         if state.global_step > 0:
-            self._restore(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.record = self.run.ranks.on_main(lambda: self._restored(checkpoint))
         elif self.first:
             self.run.log(0, **self.first)
 
@@ -102,9 +107,10 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
 
     def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(checkpoint / STATE_FILE, asdict(self.record))
-        if self.best_file.exists():
-            _link(self.best_file, checkpoint / BEST_FILE)
+        if self.run.ranks.is_main:
+            write_json(checkpoint / STATE_FILE, asdict(self.record))
+            if self.best_file.exists():
+                _link(self.best_file, checkpoint / BEST_FILE)
 
     def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if self.examples and self.record.step != state.global_step:
@@ -113,10 +119,7 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
     def keep_best(self, model: Network) -> None:
         """Copy the weights with the lowest loss into `model`, unless they are the last ones."""
         if self.config.keep == "best" and self.record.best_step != self.record.step:
-            parameters = dict(model.named_parameters())
-            with torch.no_grad():
-                for name, value in load_file(self.best_file).items():
-                    parameters[name].copy_(value)
+            read_weights(model, self.best_file)
 
     def summary(self, progress: Progress) -> JsonObject:
         """Return the losses for the manifest; warn if training did not lower the loss."""
@@ -133,10 +136,10 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         """Return the figures to log: `heldout_loss`, which the decisions use, and in subclasses further ones."""
         batch_size = self.config.micro_batch_size or self.config.batch_size
         examples = cast(Sequence[Example], self.examples)
-        return {"heldout_loss": heldout_loss(cast(CausalLM, model), examples, batch_size)}
+        return {"heldout_loss": heldout_loss(cast(CausalLM, model), examples, batch_size, self.run.ranks)}
 
     def _measure(self, step: int, model: Network) -> None:
-        with measuring(model, f"step {step}: the held-out loss"):
+        with measuring(model, f"step {step}: the held-out loss", self.run.ranks):
             figures = self.figures(model)
         loss = figures["heldout_loss"]
         if not math.isfinite(loss):
@@ -155,17 +158,17 @@ class HeldOut(TrainerCallback):  # type: ignore[misc]  # transformers is not typ
         """Save the trained weights; the file is replaced, not overwritten, since checkpoints may link to it."""
         self.best_file.parent.mkdir(parents=True, exist_ok=True)
         aside = self.best_file.with_suffix(".tmp")
-        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        save_file(trained, aside)
-        aside.replace(self.best_file)
+        save_trained(model, aside, self.run.ranks.is_main)
+        self.run.ranks.on_main(lambda: aside.replace(self.best_file))
 
-    def _restore(self, checkpoint: Path) -> None:
+    def _restored(self, checkpoint: Path) -> Record:
         try:
-            self.record = Record(**load_json(checkpoint / STATE_FILE))
+            record = Record(**load_json(checkpoint / STATE_FILE))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"the checkpoint {checkpoint} has no {STATE_FILE}", "start over with --force") from error
         if (checkpoint / BEST_FILE).exists():
             _link(checkpoint / BEST_FILE, self.best_file)
+        return record
 
 
 def _link(source: Path, target: Path) -> None:
@@ -177,13 +180,15 @@ def _link(source: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def heldout_loss(model: CausalLM, examples: Sequence[Example], batch_size: int) -> float:
-    """Return the mean of -log pi over all target tokens of all examples, nats per token."""
+def heldout_loss(model: CausalLM, examples: Sequence[Example], batch_size: int, ranks: Ranks = ALONE) -> float:
+    """Return the mean of -log pi over all target tokens of all examples, nats per token. A collective of `ranks`."""
     model = plain_model(model)
+    examples = examples[ranks.share(len(examples))]
     total = torch.zeros((), dtype=torch.float64)
     count = 0
-    with evaluating(model):
-        for batch, hidden in _batches(model, [example.ids for example in examples], batch_size):
+    with evaluating(model), whole_head(model):
+        texts = [example.ids for example in examples]
+        for batch, hidden in _batches(model, texts, batch_size, pace_of(model, ranks)):
             places = [(row, t) for row, i in enumerate(batch) for t, learned in enumerate(examples[i].mask) if learned]
             rows, positions = torch.tensor(places, device=hidden.device).reshape(-1, 2).unbind(1)
             ids = [examples[batch[row]].ids[t] for row, t in places]
@@ -191,7 +196,8 @@ def heldout_loss(model: CausalLM, examples: Sequence[Example], batch_size: int) 
             logps = _logps(model, hidden[rows, positions - 1], torch.tensor(ids, device=hidden.device))
             total += logps.double().sum().cpu()
             count += len(ids)
-    return -total.item() / max(count, 1)
+    sums = ranks.gather((total.item(), count))
+    return -sum(part for part, _ in sums) / max(sum(targets for _, targets in sums), 1)
 
 
 def _logps(model: CausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -201,7 +207,9 @@ def _logps(model: CausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
     return head_logps(model, hidden, targets, temperature=1.0)[0]
 
 
-def _batches(model: CausalLM, rows: Sequence[list[int]], batch_size: int) -> Iterator[tuple[list[int], Tensor]]:
+def _batches(
+    model: CausalLM, rows: Sequence[list[int]], batch_size: int, pace: Pace
+) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (indices, last hidden states (B, T, d) fp32) in batches of similar length."""
-    for batch, states in hidden_states(model, rows, [[]] * len(rows), batch_size):
+    for batch, states in hidden_states(model, rows, [[]] * len(rows), batch_size, pace):
         yield batch, states.float()

@@ -2,7 +2,8 @@
 
 Adapted layers count as what they compute: the change is the LoRA product, the start is the weight that it is added to.
 Of every other trained tensor at most 2^16 elements are kept from the start, evenly spaced, and stand for the whole
-tensor: a copy of the start would double the memory of the weights. Tensors that are split over processes are left out.
+tensor: a copy of the start would double the memory of the weights. Of weights that are divided over processes each
+samples its part, and the squares of all are added.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.core.rounding import relative_change
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
+from gemma2.posttrain.quantisation.quantised_linear import dequantised
+from gemma2.posttrain.sharding.units import is_sharded, local
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -26,9 +30,10 @@ SAMPLE = 2**16  # elements per tensor
 
 
 class Movement:
-    """A sample of a model's trained weights before training."""
+    """A sample of a model's trained weights before training. `ranks`: the processes that may hold parts of them."""
 
-    def __init__(self, model: Network) -> None:
+    def __init__(self, model: Network, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.start = {name: _sample(parameter) for name, parameter in _trained(model)}
 
     @torch.no_grad()
@@ -37,8 +42,11 @@ class Movement:
         pairs = list(_products(model))
         for name, parameter in _trained(model):
             if name in self.start and (before := self.start[name]).shape == (after := _sample(parameter)).shape:
-                scale = parameter.numel() / max(before.numel(), 1)
+                scale = local(parameter).numel() / max(before.numel(), 1)
                 pairs.append((_square(after - before) * scale, _square(before) * scale))
+        if is_sharded(plain_model(model)):  # each has squares of its parts, in the same order
+            parts = zip(*self.ranks.gather(pairs), strict=True)
+            pairs = [(sum(change for change, _ in part), sum(start for _, start in part)) for part in parts]
         return relative_change(pairs)
 
 
@@ -49,12 +57,12 @@ def _trained(model: Network) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().reshape(-1)
+    flat = local(parameter.detach()).reshape(-1)
     return flat[:: max(1, -(-flat.numel() // SAMPLE))].double().cpu()
 
 
 def _square(values: Tensor) -> float:
-    return float(values.double().square().sum())
+    return float(local(values).double().square().sum())
 
 
 def _products(model: Network) -> Iterator[tuple[float, float]]:
@@ -63,4 +71,4 @@ def _products(model: Network) -> Iterator[tuple[float, float]]:
         if hasattr(module, "lora_A"):
             layer: LoraLayer = module
             (adapter,) = layer.active_adapters
-            yield _square(layer.get_delta_weight(adapter)), _square(layer.get_base_layer().weight)
+            yield _square(layer.get_delta_weight(adapter)), _square(dequantised(layer.get_base_layer()))

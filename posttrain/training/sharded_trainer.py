@@ -14,22 +14,26 @@ Deviations from transformers, on private hooks (tests/posttrain/training/test_sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
+from trl.models.utils import _ForwardRedirection
 
 from gemma2.core.errors import InputError
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.sharding.distributed_state import load_state, save_state
 from gemma2.posttrain.sharding.units import is_sharded
 
-__all__ = ["ShardedTrainer", "hand_over"]
+__all__ = ["RootRedirection", "ShardedTrainer", "hand_over"]
+
+R = TypeVar("R")
 
 PROCESSES_FILE = "processes.pt"  # learning rate schedule, number of processes
 
@@ -46,6 +50,18 @@ def hand_over(model: object) -> dict[str, object]:
     return {"save_only_model": True, "bf16": False, "fp16": False}
 
 
+class RootRedirection(_ForwardRedirection):  # type: ignore[misc]  # TRL is not typed
+    """Calls a method inside the forward pass of one module, whatever wrapper it is called for: peft's has no shards."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+
+    def __call__(self, wrapper: object, inner: object, method: Callable[..., R], *arguments: object) -> R:
+        """Return what the method returns."""
+        result: R = super().__call__(self.root, self.root, method, *arguments)
+        return result
+
+
 class ShardedTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     """Mixin in front of a Trainer; without effect on a model that is not sharded."""
 
@@ -53,6 +69,19 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
     def sharded(self) -> bool:
         """Whether the weights of the trained model are divided over processes."""
         return is_sharded(plain_model(self.model))
+
+    def inside(self, model: object, method: Callable[..., R], *arguments: object) -> R:
+        """Call a method inside the forward pass of what wraps or divides `model`.
+
+        DistributedDataParallel reduces the gradients of its own forward pass alone, FSDP gathers weights for its own.
+        """
+        wrapper, inner = model, self.accelerator.unwrap_model(model)
+        if self.sharded:
+            wrapper = inner = plain_model(self.model)
+        if wrapper is inner and not self.sharded:
+            return method(*arguments)
+        result: R = _ForwardRedirection()(wrapper, inner, method, *arguments)
+        return result
 
     def further_state(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Groups of tensors by name that a checkpoint of a sharded run holds besides weights and moments."""

@@ -35,6 +35,7 @@ from gemma2.posttrain.models.protocols import Network
 from gemma2.posttrain.runs.live import LiveRecord, take_alert
 from gemma2.posttrain.runs.run_directory import Run
 from gemma2.posttrain.schemas import DistillConfig, RlhfConfig, TrainingFields
+from gemma2.posttrain.sharding.units import local, whole
 
 from .as_asked import check_recipe
 from .checkpoints import check_room, checkpoint_bytes, latest_checkpoint, mark_complete, newest_step
@@ -91,6 +92,7 @@ def trainer_arguments(
         "use_cpu": not on_gpu,
         "bf16": on_gpu,
         "activation_checkpointing": on_gpu,
+        "ddp_find_unused_parameters": False,  # each step uses all
         **ours,
     }
     check_tracking(config.report_to)
@@ -231,9 +233,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
 
     def _check_weights(self, step: int, model: Network) -> None:
         """Stop before weights are saved that are NaN or infinite: the update itself may make them so."""
-        trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+        held = (local(parameter.detach()) for parameter in model.parameters() if parameter.requires_grad)
+        trained = [part for part in held if part.numel()]
         largest = torch._foreach_norm(trained, math.inf) if trained else [torch.zeros(())]
-        if not torch.stack([value.float() for value in largest]).isfinite().all():
+        finite = bool(torch.stack([value.float() for value in largest]).isfinite().all())
+        if not all(self.run.ranks.gather(finite)):
             raise GuardStop(f"step {step} of {self.label}: a weight is NaN or infinite, nothing was saved", LOWER)
 
     def on_log(
@@ -315,10 +319,14 @@ def train(trainer: Trainer, run: Run, callback: RunCallback, has_signal: Callabl
     trainer.remove_callback(PrinterCallback)
     found = run.ranks.on_main(lambda: latest_checkpoint(run)) if run.resumed else None
     if isinstance(plain := plain_model(trainer.model), PreTrainedModel):
-        check_forward(plain)
-    trainer.add_callback(FirstSteps(callback.label, run.ranks.on_main(lambda: newest_step(run)), has_signal))
+        with whole(plain):
+            check_forward(plain)
+    begins = run.ranks.on_main(lambda: newest_step(run))
+    trainer.add_callback(FirstSteps(callback.label, begins, has_signal, run.ranks))
     run.rewind(found[1] if found else -1)
-    callback.start = Movement(trainer.model)  # a resumed run gets the weights of its checkpoint later
+    if found:
+        run.goes_on_at(found[1])
+    callback.start = Movement(trainer.model, run.ranks)  # a resumed run gets the weights of its checkpoint later
     try:
         with tracked(run), warnings.catch_warnings():
             warnings.simplefilter("ignore")

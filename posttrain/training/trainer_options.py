@@ -45,7 +45,7 @@ EVERYWHERE = frozenset(
     (
         *("output_dir", "learning_rate", "max_grad_norm", "save_strategy", "save_steps", "save_total_limit"),
         *("logging_steps", "logging_nan_inf_filter", "seed", "data_seed", "report_to", "disable_tqdm", "max_steps"),
-        *("warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        *("warmup_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "ddp_find_unused_parameters"),
     )
 )
 
@@ -121,7 +121,6 @@ RL = TrlOptions(
         (
             *("steps_per_generation", "num_iterations", "num_generations", "max_completion_length", "temperature"),
             *("beta", "disable_dropout", "shuffle_dataset", "lr_scheduler_type", "weight_decay"),
-            "ddp_find_unused_parameters",
         )
     ),
     all_own=True,

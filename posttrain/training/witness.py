@@ -9,6 +9,7 @@ from typing import cast
 from torch import nn
 
 from gemma2.core.errors import GuardStop
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.models.protocols import Network
 
@@ -16,8 +17,11 @@ __all__ = ["measuring"]
 
 
 @contextmanager
-def measuring(model: Network, what: str) -> Iterator[None]:
-    """Raise GuardStop at the end if `model` did not run while the context was open, or ran without its adapters."""
+def measuring(model: Network, what: str, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Raise GuardStop at the end if `model` did not run while the context was open, or ran without its adapters.
+
+    Of several processes some may have no rows to run it on; they end together.
+    """
     ran: list[bool] = []
 
     def see(module: nn.Module, inputs: object) -> None:
@@ -28,6 +32,7 @@ def measuring(model: Network, what: str) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+    ran = [with_adapters for part in ranks.gather(ran) for with_adapters in part]
     if not ran or not all(ran):
         found = "without its adapters" if ran else "on another model than the one that is trained"
         raise GuardStop(f"{what} was measured {found}", "report it; the last checkpoint is kept")

@@ -109,7 +109,7 @@ def reported(uri: str, writing: bool = False) -> Iterator[None]:
 
 
 def _is_theirs(error: Exception) -> bool:
-    """Whether an error is of the other side or its library: a failed call, one of its own types, a value that it refuses."""
+    """Whether an error is of the other side or its library: a failed call, its types, a value it refuses."""
     if isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] not in OURS:
         return True
     frames = traceback.extract_tb(error.__traceback__)
@@ -205,6 +205,6 @@ class RemoteFolder:
             self.system.invalidate_cache()
 
     def remove(self, name: str) -> None:
-        """Remove a file; one that is missing is no error."""
+        """Remove a file, if it is there."""
         with reported(self.uri, writing=True), suppress(FileNotFoundError):
             self.system.rm_file(self._of(name))

@@ -22,6 +22,7 @@ from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject, finite, write_json
 from gemma2.core.outputs.model_identity import digest_model
 from gemma2.core.progress import Progress
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.evaluation.compared.card_rows import with_card_rows
@@ -29,6 +30,7 @@ from gemma2.posttrain.evaluation.compared.kept_results import read_result, sampl
 from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.runs.inputs import model_name
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.together import together
 from gemma2.posttrain.schemas.config import Config
 
 __all__ = ["AGAINST", "FORMAT", "NOWHERE", "Kept", "MeasureOutcome", "as_document", "keeping", "task_names"]
@@ -54,24 +56,31 @@ class MeasureOutcome:
 
 
 class Kept:
-    """The records of a measure by key, those of an interrupted run included."""
+    """The records of a measure by key, those of an interrupted run included.
 
-    def __init__(self, run: Run | None, stack: ExitStack) -> None:
+    Every process of a job has all of them; the journals are on rank 0.
+    """
+
+    def __init__(self, run: Run | None, stack: ExitStack, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self.run = run
         self._stack = stack
         self._folder: Path | None = None  # of the journals
         self._journal = None if run is None else self.journal("rows.jsonl")
-        self._known: dict[Key, JsonObject] = {}
-        if self._journal is not None:
-            self._known = {_key(record): record for record in self._journal.records()}
+        self._known = ranks.on_main(lambda: {_key(record): record for record in self._recorded()})
+
+    def _recorded(self) -> Iterator[JsonObject]:
+        yield from self._journal.records() if self._journal is not None else ()
 
     @property
     def folder(self) -> Path | None:
-        """Where the files of the output go; None where nothing is written."""
-        return None if self.run is None else self.run.path
+        """Where the files of the output go; None where this process writes nothing."""
+        return None if self.run is None or not self.ranks.is_main else self.run.path
 
     def journal(self, name: str) -> Journal:
         """A journal of this measure, closed at its end; where nothing is written it is in a temporary folder."""
+        if not self.ranks.is_main:
+            return Journal(None)
         if self._folder is None:
             if self.run is None:
                 self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="gemma2-eval-")))
@@ -102,16 +111,25 @@ def _key(record: JsonMapping) -> Key:
 def keeping(command: str, config: Config, options: RunOptions) -> Iterator[Kept]:
     """Open the output of a measure, or nothing where `options.out` is NOWHERE. End the block with `as_document`."""
     with ExitStack() as stack:
+        ranks = stack.enter_context(together(config))
         run = None
         if options.out != NOWHERE:
-            run = stack.enter_context(open_run(command, config, options))
-        yield Kept(run, stack)
+            run = stack.enter_context(open_run(command, config, options, ranks=ranks))
+        yield Kept(run, stack, ranks)
 
 
 def as_document(
     kept: Kept, config: Config, outcomes: Sequence[MeasureOutcome], reading: Reading, progress: Progress
 ) -> RunResult:
     """Write the results, and return them for the screen. outcomes: of the model, and of the one it is compared with."""
+    summary = kept.ranks.on_main(lambda: _written(kept, config, outcomes, reading, progress))
+    return RunResult(NOWHERE, summary) if kept.run is None else kept.run.finish(summary)
+
+
+def _written(
+    kept: Kept, config: Config, outcomes: Sequence[MeasureOutcome], reading: Reading, progress: Progress
+) -> JsonObject:
+    """Write the results; the document where there is no output, else the summary for the manifest."""
     counts = reading.report(progress, kept.folder)
     models = {name: getattr(config, name, None) for name in ("model", "win_rate")}
     found: JsonObject = {
@@ -124,7 +142,7 @@ def as_document(
     }
     document = _plain(found)
     if kept.run is None:
-        return RunResult(NOWHERE, document)
+        return document
     folder = kept.run.path
     write_json(folder / RESULTS, with_card_rows(document))
     _write_table(folder / TABLE, [outcome.tasks for outcome in outcomes])
@@ -132,7 +150,7 @@ def as_document(
         for name, rows in outcome.samples.items():
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{name}.jsonl").write_bytes(b"".join(to_line(_plain(row)) for row in rows))
-    return kept.run.finish(_summary(outcomes[0].tasks))
+    return _summary(outcomes[0].tasks)
 
 
 def _summary(tasks: dict[str, JsonObject]) -> JsonObject:

@@ -22,7 +22,6 @@ from gemma2.posttrain.evaluation.suite.chat_choice import uses_chat
 from gemma2.posttrain.evaluation.suite.encoding import TokenRequest
 from gemma2.posttrain.evaluation.suite.shared_scoring import SharedScorer
 from gemma2.posttrain.models.loading import quiet_libraries
-from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures.built_in import ChoicesConfig
 
@@ -51,6 +50,7 @@ def run_choices(config: ChoicesConfig, options: RunOptions, progress: Progress =
     """Score every choice of every row of `config.choices` by `config.model`, and by `config.against`."""
     quiet_libraries()
     with keeping("eval choices", config, options) as kept:
+        progress = progress if kept.ranks.is_main else SILENT
         reading = Reading(config)
         rows = list(each_choice_row(config.choices, reading, config.limit))
         if not rows:
@@ -62,7 +62,7 @@ def run_choices(config: ChoicesConfig, options: RunOptions, progress: Progress =
             model, tokenizer = loaded(path, config.dtype, config.attention)
             asking, _ = asking_of(tokenizer, model.generation_config, uses_chat(path, config.chat), config.system)
             asked = [_asked(rows, i, asking, config, context_of(model)) for i in range(len(rows))]
-            _score(kept, number, model, asked, config.batch_size, progress)
+            _score(kept, number, SharedScorer(model, config.batch_size, kept.ranks), asked, progress)
             outcomes.append(_outcome(config, kept, number, name, rows, asked, asking, progress))
             del model
         return as_document(kept, config, outcomes, reading, progress)
@@ -84,26 +84,23 @@ def _asked(
     return ChoiceQuestion(context, choices, len(whole) - len(context))
 
 
-def _score(
-    kept: Kept, number: int, model: CausalLM, asked: Sequence[ChoiceQuestion], batch_size: int, progress: Progress
-) -> None:
+def _score(kept: Kept, number: int, scorer: SharedScorer, asked: Sequence[ChoiceQuestion], progress: Progress) -> None:
     """Keep the log-probs of the choices of every row, a part at a time."""
-    part = PART * batch_size
+    part = PART * scorer.batch_size
     with progress.task("choices", total=len(asked), unit="rows") as bar:
         for start in range(0, len(asked), part):
             chunk = asked[start : start + part]
             keys = [(number, start + i) for i in range(len(chunk))]
             if not all(key in kept for key in keys):
-                found = _log_probs(model, chunk, batch_size)
+                found = _log_probs(scorer, chunk)
                 kept.add({"key": key, "logprobs": values} for key, values in zip(keys, found, strict=True))
             bar.advance(len(chunk))
 
 
-def _log_probs(model: CausalLM, asked: Sequence[ChoiceQuestion], batch_size: int) -> list[list[float]]:
+def _log_probs(scorer: SharedScorer, asked: Sequence[ChoiceQuestion]) -> list[list[float]]:
     """Log-probs of the choices of each row; what they have in common runs once (`suite/shared_scoring.py`)."""
     rows = [[TokenRequest([*row.context, *ids], len(ids)) for ids in row.choices] for row in asked]
-    batches = SharedScorer(model, batch_size).group(rows)
-    found = [[round(value, DIGITS) for value in values] for _, batch in batches for values in batch]
+    found = [[round(value, DIGITS) for value in values] for _, batch in scorer.group(rows) for values in batch]
     wrong = next((value for values in found for value in values if not math.isfinite(value)), None)
     if wrong is not None:
         raise GuardStop(f"the log-probability of a choice is {wrong}", "check the weights: gemma2 doctor MODEL")

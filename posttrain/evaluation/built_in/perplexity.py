@@ -9,10 +9,12 @@ from pathlib import Path
 from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.protocols import CausalLM
+from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.runs.run_directory import RunOptions, RunResult
 from gemma2.posttrain.schemas.measures.built_in import PerplexityConfig
@@ -61,6 +63,7 @@ def run_perplexity(config: PerplexityConfig, options: RunOptions, progress: Prog
     """Measure `config.model`, and `config.against`, on every file of `config.perplexity`."""
     quiet_libraries()
     with keeping("eval perplexity", config, options) as kept:
+        progress = progress if kept.ranks.is_main else SILENT
         reading = Reading(config)
         names = task_names(config.perplexity)
         outcomes = []
@@ -117,7 +120,7 @@ class _Measure:
                 chunk = windows[start : start + part]
                 keys = [(self.number, name, start + i) for i in range(len(chunk))]
                 if not all(key in self.kept for key in keys):
-                    nats = _nats(model, chunk, self.config.batch_size)
+                    nats = _nats(model, chunk, self.config.batch_size, self.kept.ranks)
                     self.kept.add({"key": key, "nats": value} for key, value in zip(keys, nats, strict=True))
                 bar.advance(sum(len(window.counted) for window in chunk))
         rows = [
@@ -139,10 +142,18 @@ def _text(tokenizer: Tokenizer, text: str) -> TokenisedText:
     return TokenisedText(text_ids(tokenizer, text), Totals(len(text.split()), len(text.encode())))
 
 
-def _nats(model: CausalLM, windows: Sequence[TextWindow], batch_size: int) -> list[float]:
-    """Minus the log-prob of what each window counts."""
-    given, counted = [window.given for window in windows], [window.counted for window in windows]
-    found = [-float(logps.double().sum()) for logps in token_logps(model, given, counted, batch_size)]
+def _nats(model: CausalLM, windows: Sequence[TextWindow], batch_size: int, ranks: Ranks) -> list[float]:
+    """Minus the log-prob of what each window counts; the processes are dealt the batches."""
+    batches = list(length_batches([len(window.given) + len(window.counted) for window in windows], batch_size))
+
+    def of_batch(batch: list[int]) -> list[float]:
+        given, counted = [windows[i].given for i in batch], [windows[i].counted for i in batch]
+        return [-float(logps.double().sum()) for logps in token_logps(model, given, counted, batch_size)]
+
+    found = [0.0] * len(windows)
+    for batch, values in zip(batches, ranks.dealt(batches, of_batch), strict=True):
+        for i, value in zip(batch, values, strict=True):
+            found[i] = value
     wrong = next((value for value in found if not abs(value) < float("inf")), None)
     if wrong is not None:
         raise GuardStop(f"the log-probability of a window is {wrong}", "check the weights: gemma2 doctor MODEL")

@@ -33,6 +33,7 @@ def run_qa(config: QaConfig, options: RunOptions, progress: Progress = SILENT) -
     """Ask `config.model`, and `config.against`, every question of `config.qa`."""
     quiet_libraries()
     with keeping("eval qa", config, options) as kept:
+        progress = progress if kept.ranks.is_main else SILENT
         reading = Reading(config)
         rows = list(each_question(config.qa, reading, config.limit))
         if not rows:
@@ -44,7 +45,7 @@ def run_qa(config: QaConfig, options: RunOptions, progress: Progress = SILENT) -
             asking, chat = asking_of(tokenizer, model.generation_config, uses_chat(path, config.chat), config.system)
             params = SamplingParams(config.max_new_tokens, temperature=0.0)
             stops = () if asking.chat is not None else STOPS
-            engine = SamplerEngine(model, chat, params, config.batch_size, stops)
+            engine = SamplerEngine(model, chat, params, config.batch_size, stops, kept.ranks)
             if engine.window is not None and engine.window < 2:
                 raise UsageError("--max-new-tokens fills the model's context alone", "lower it")
             asked = [_asked(rows, i, asking, config, engine.window) for i in range(len(rows))]

@@ -80,26 +80,19 @@ def run_win_rate(config: WinRateConfig, options: RunOptions, progress: Progress 
     if config.judge_model is not None:
         template = read_template(config.judge_prompt, SIDE_PROMPT, PLACES["compare"], "eval win-rate")
     with keeping("eval win-rate", config, options) as kept:
+        progress = progress if kept.ranks.is_main else SILENT
         reading = Reading(config)
         source = PromptSource(config.prompts, reading, config.limit)
         sides, prompts = _answered(config, kept, source, progress)
-        more: JsonObject = {}
-        if template:
-            judge = SideBySide(template, True)
-            with closing(judge_engine(config, progress)) as server, kept.journal("judge.jsonl") as journal:
-                verdicts = [
-                    score
-                    for chunk in judged(sides, journal, server, judge, prompts, progress)
-                    for _, score in chunk[::2]
-                ]
-            samples = _rows(sides, {"side_by_side": verdicts}, 0.0)
-            for row, (first, second) in zip(samples, judge.verdicts, strict=True):
-                row |= {"verdict": first, "verdict_swapped": second}
-            more = {**order_figures(judge.verdicts), **judge.facts()}
-        else:
-            samples = _by_reward(config, kept, sides, progress)
-        name = task_names([config.prompts])[0]
-        outcome = MeasureOutcome({name: _figures(samples) | more}, {name: samples})
+        rewards = [] if template else _rewards(config, kept, sides, progress)
+        outcome = MeasureOutcome({})
+        if kept.ranks.is_main:  # it has the answers, and asks the judge
+            if template:
+                samples, more = _by_judge(config, kept, sides, SideBySide(template, True), prompts, progress)
+            else:
+                samples, more = _by_reward(config, sides, rewards), {}
+            name = task_names([config.prompts])[0]
+            outcome = MeasureOutcome({name: _figures(samples) | more}, {name: samples})
         return as_document(kept, config, [outcome], reading, progress)
 
 
@@ -110,9 +103,11 @@ def _answered(config: WinRateConfig, kept: Kept, source: PromptSource, progress:
     sides, prompts = Sides([], [], config.seed), 0
     for number, path in enumerate((config.model, config.win_rate)):
         with closing(
-            SamplerEngine.load(path, params, config.batch_size, config.dtype, attention=config.attention)
+            SamplerEngine.load(
+                path, params, config.batch_size, config.dtype, attention=config.attention, ranks=kept.ranks
+            )
         ) as engine:
-            job = Answering(source, plan, kept.journal(f"answers-{number}.jsonl"), engine.chunk, keep_ids=True)
+            job = Answering(source, plan, kept.journal(f"answers-{number}.jsonl"), engine.chunk, True, kept.ranks)
             prompts = job.check(engine, progress)
             job.run(engine, prompts, progress)
             sides.jobs.append(job)
@@ -120,8 +115,22 @@ def _answered(config: WinRateConfig, kept: Kept, source: PromptSource, progress:
     return sides, prompts
 
 
-def _by_reward(config: WinRateConfig, kept: Kept, sides: Sides, progress: Progress) -> list[JsonObject]:
-    """The rows with the rewards of both answers; a reward model that judges gives its expected verdict too."""
+def _by_judge(
+    config: WinRateConfig, kept: Kept, sides: Sides, judge: SideBySide, prompts: int, progress: Progress
+) -> tuple[list[JsonObject], JsonObject]:
+    """The rows with a judge's verdicts in both orders, and the figures of the orders."""
+    with closing(judge_engine(config, progress)) as server, kept.journal("judge.jsonl") as journal:
+        verdicts = [
+            score for chunk in judged(sides, journal, server, judge, prompts, progress) for _, score in chunk[::2]
+        ]
+    samples = _rows(sides, {"side_by_side": verdicts}, 0.0)
+    for row, (first, second) in zip(samples, judge.verdicts, strict=True):
+        row |= {"verdict": first, "verdict_swapped": second}
+    return samples, {**order_figures(judge.verdicts), **judge.facts()}
+
+
+def _rewards(config: WinRateConfig, kept: Kept, sides: Sides, progress: Progress) -> list[list[float | None]]:
+    """The rewards of the answers of each model, on every process."""
     judges = config.judge is not None
     judge = Path(str(config.judge))
     terms = RewardFields(reward=(judge,), dtype=config.dtype, attention=config.attention) if judges else config
@@ -138,6 +147,11 @@ def _by_reward(config: WinRateConfig, kept: Kept, sides: Sides, progress: Progre
         with kept.journal(f"rewards-{number}.jsonl") as journal:
             chunks = scored(job, journal, score, chat, lambda dialogue: bool(dialogue.answers), progress)
             rewards.append([value for chunk in chunks for _, value in chunk])
+    return rewards
+
+
+def _by_reward(config: WinRateConfig, sides: Sides, rewards: Sequence[Sequence[float | None]]) -> list[JsonObject]:
+    """The rows with the rewards of both answers; a reward model that judges gives its expected verdict too."""
     ours, theirs = rewards
     same = [_text(a) == _text(b) and a.fate == b.fate for chunk in sides.dialogues() for a, b in _pairs(chunk)]
     # Equal answers are a tie: what padding and batches change in a sum is not a difference of the models.
@@ -146,7 +160,7 @@ def _by_reward(config: WinRateConfig, kept: Kept, sides: Sides, progress: Progre
         for a, b, equal in zip(ours, theirs, same, strict=True)
     ]
     found = {"reward": ours, "reward_other": theirs, "reward_difference": differences}
-    if judges:
+    if config.judge is not None:
         found["side_by_side"] = [None if value is None else by_reward(value) for value in differences]
     return _rows(sides, found, config.margin)
 

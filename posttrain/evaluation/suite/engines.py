@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from gemma2.core.json_files import JsonObject
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.attention.choice import drawing_kernel
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.doctor.vllm_probe import refuse_wrong_attention
@@ -54,24 +55,27 @@ class SuiteEngine(Protocol):
         ...
 
 
-def open_engine(config: SuiteConfig) -> tuple[SuiteEngine, Encoder, JsonObject]:
-    """Load the model; return its engine, the encoder of its requests, and its generation settings."""
+def open_engine(config: SuiteConfig, ranks: Ranks = ALONE) -> tuple[SuiteEngine, Encoder, JsonObject]:
+    """Load the model; return its engine, the encoder of its requests, and its generation settings.
+
+    ranks: the processes that share the batches of our engine.
+    """
     dtype = frozen_dtype(config.dtype)
     if config.engine == "gemma2":
-        own = OwnEngine(config, dtype)
+        own = OwnEngine(config, dtype, ranks)
         return own, own.encoder, own.facts
     theirs = LmEvalEngine(config, dtype)
     return theirs, theirs.encoder, theirs.facts
 
 
 class OwnEngine:
-    """The scorer and the sampler of this package."""
+    """The scorer and the sampler of this package; every process of a job gets all results."""
 
-    def __init__(self, config: SuiteConfig, dtype: torch.dtype) -> None:
-        self.config = config
+    def __init__(self, config: SuiteConfig, dtype: torch.dtype, ranks: Ranks = ALONE) -> None:
+        self.config, self.ranks = config, ranks
         self.model, self.tokenizer = load_policy(config.model, dtype=dtype, attention=drawing_kernel(config.attention))
         self.encoder = Encoder(self.tokenizer, int(getattr(self.model.config, "max_position_embeddings", 8192)))
-        self.scorer = SharedScorer(self.model, config.batch_size)
+        self.scorer = SharedScorer(self.model, config.batch_size, ranks)
         ends = self.model.generation_config.eos_token_id
         listed = ends if isinstance(ends, list) else [ends]
         self.stop_ids = sorted({i for i in (self.tokenizer.eos_token_id, *listed) if i is not None})
@@ -91,19 +95,24 @@ class OwnEngine:
         self, asked: Sequence[Asked], prompts: Sequence[TokenRequest], until: Sequence[str], done: int
     ) -> Iterator[tuple[int, list[str]]]:
         params = SamplingParams(self.config.max_new_tokens, temperature=0.0)
-        for start, batch in _batches(prompts, self.config.batch_size, done):
-            numbers = torch.zeros(len(batch), params.max_new_tokens, dtype=torch.float64)
+
+        def draw(batch: tuple[int, list[TokenRequest]]) -> list[str]:
+            numbers = torch.zeros(len(batch[1]), params.max_new_tokens, dtype=torch.float64)
             with evaluating(self.model):
                 drawn = decode(
                     self.model,
-                    [prompt.ids for prompt in batch],
+                    [prompt.ids for prompt in batch[1]],
                     params,
                     self.stop_ids,
                     self.tokenizer.pad_token_id or 0,
                     numbers,
                     lambda ids: any(text in self._text(ids[-TAIL:]) for text in until),
                 )
-            yield start, [_cut(self._text(ids), until) for ids, _, _ in drawn]
+            return [_cut(self._text(ids), until) for ids, _, _ in drawn]
+
+        batches = list(_batches(prompts, self.config.batch_size, done))
+        for (start, _), texts in zip(batches, self.ranks.dealt(batches, draw), strict=True):
+            yield start, texts
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -2,6 +2,8 @@
 
 A row's result is written to a journal in `checkpoints/` as soon as its batch is done; samples and results are made of
 the journals at the end. A run that was killed at any point and continued gives the same bytes.
+
+Several processes are dealt the batches; journals, samples and results are rank 0's.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from gemma2.core.json_files import JsonObject, read_json
 from gemma2.core.outputs.manifest import metadata_version
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.progress import Task as Bar
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.evaluation.compared.card_rows import with_card_rows
@@ -25,6 +28,7 @@ from gemma2.posttrain.generation.journal import Journal
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.runs.inputs import model_name
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
+from gemma2.posttrain.runs.together import together
 from gemma2.posttrain.schemas.measures import SuiteConfig
 
 from .chat_choice import uses_chat
@@ -48,6 +52,11 @@ def run_suite(config: SuiteConfig, options: RunOptions, progress: Progress = SIL
 
     Raises InputError for rows that do not fit their task and for a broken model, UsageError for a missing engine.
     """
+    with together(config) as ranks:
+        return _shared(config, options, progress if ranks.is_main else SILENT, ranks)
+
+
+def _shared(config: SuiteConfig, options: RunOptions, progress: Progress, ranks: Ranks) -> RunResult:
     check_engine(config)
     check_model(config)
     tables = tables_of(config)
@@ -56,14 +65,17 @@ def run_suite(config: SuiteConfig, options: RunOptions, progress: Progress = SIL
     if other is not None and earlier is None:
         check_model(config.model_copy(update={"model": other}))
     quiet_libraries()
-    with open_run("eval suite", config, options) as run:
+    with open_run("eval suite", config, options, ranks=ranks) as run:
         document, samples = _measured(run, config, "model", tables, progress)
-        if other is not None and earlier is not None:
-            theirs = {name: [*samples_of(other, name)] for name in document["tasks"] if name in earlier["tasks"]}
-            document |= {"against": earlier["model"], "compared": _compared(document, samples, theirs)}
-        elif other is not None:
+        if other is not None and earlier is None:
             second, theirs = _measured(run, config, AGAINST, tables, progress)
             document |= {"against": second["model"], "tasks_against": second["tasks"]}
+        elif other is not None and earlier is not None:
+            theirs = {name: [*samples_of(other, name)] for name in document["tasks"] if name in earlier["tasks"]}
+            document |= {"against": earlier["model"]}
+        if not ranks.is_main:
+            return run.finish({})  # rank 0 has the samples
+        if other is not None:
             document["compared"] = _compared(document, samples, theirs)
         write_results(run.path, with_card_rows(document))
         write_figures(run.path, document, config.published)
@@ -76,16 +88,20 @@ Samples = dict[str, list[JsonObject]]
 def _measured(
     run: Run, config: SuiteConfig, role: str, tables: Sequence[TaskRows], progress: Progress
 ) -> tuple[JsonObject, Samples]:
-    """Run the tasks with one of the two models: its figures, and its samples, which are in the output then."""
+    """Run the tasks with one of the two models: its figures, and its samples, which are in the output then.
+
+    On ranks but 0 the samples and figures of no task.
+    """
     path = config.model if role == "model" else config.against
     assert path is not None
     own = config.model_copy(update={"model": path})
     inside = "" if role == "model" else role
     journals = run.checkpoints / inside
-    journals.mkdir(parents=True, exist_ok=True)
+    if run.ranks.is_main:
+        journals.mkdir(parents=True, exist_ok=True)
     with_chat = uses_chat(path, config.chat)
     run.phase = f"loading of {'the model' if role == 'model' else '--against'}"
-    engine, encoder, facts = open_engine(own)
+    engine, encoder, facts = open_engine(own, run.ranks)
     document: JsonObject = {
         "version": VERSION,
         "gemma2": metadata_version(),
@@ -99,9 +115,11 @@ def _measured(
         name = rows.task.task
         run.phase = name
         work = _TaskRun(own, rows, engine, encoder, with_chat)
-        with Journal(journals / f"{name}.jsonl") as journal:
+        with Journal(journals / f"{name}.jsonl" if run.ranks.is_main else None) as journal:
             with progress.task(f"{rows.task.title} {inside}".rstrip(), len(rows.evaluated), "rows") as bar:
-                work.run(journal, bar)
+                work.run(journal, bar, run.ranks)
+            if not run.ranks.is_main:
+                continue
             kept[name] = [*journal.records()]
         _write_samples(run.path / SAMPLES / inside / f"{name}.jsonl", kept[name])
         document["tasks"][name] = found = task_result(rows, kept[name])
@@ -144,9 +162,11 @@ class _TaskRun:
         self.config, self.rows, self.engine, self.encoder = config, rows, engine, encoder
         self.chat = chat_text(ChatFormat(encoder.tokenizer)) if with_chat else None
 
-    def run(self, journal: Journal, bar: Bar) -> None:
+    def run(self, journal: Journal, bar: Bar, ranks: Ranks) -> None:
         """Run the rows that the journal does not hold, and append their samples."""
-        known = [(str(record["id"]), str(record["prompt_ids_hash"])) for record in journal.records()]
+        known = ranks.on_main(
+            lambda: [(str(record["id"]), str(record["prompt_ids_hash"])) for record in journal.records()]
+        )
         asked = asked_of(self.rows, self.config.seed, self.chat, self.config.fewshot_as_multiturn)
         bar.advance(len(known))
         first = 0
@@ -154,7 +174,7 @@ class _TaskRun:
             done = min(max(len(known) - first, 0), len(block))
             if done < len(block):
                 requests = self._requests(block)
-                _check_known(known[first : first + done], block, requests, journal.path)
+                _check_known(known[first : first + done], block, requests, journal.path or Path(self.rows.task.task))
                 for start, samples in self._samples(block, requests, done):
                     new = samples[max(done - start, 0) :]
                     journal.append(new)

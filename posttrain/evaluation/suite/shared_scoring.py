@@ -10,7 +10,7 @@ that fills a batch alone runs its stem in the same way, which on a CPU is attent
 3.3 x without (bench/eval.py).
 
 Rows are batched in their order, and the cut of the batches depends on all rows of the group, not on those that are left
-to do: a run that continues computes the same bits.
+to do: a run that continues computes the same bits. Several processes are dealt the batches, and each gets all results.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.models.attention import Masks, additive, causal_masks, layer_windows, taking_masks
 from gemma2.posttrain.models.causal_attention import blockwise, can_be_blockwise
 from gemma2.posttrain.models.protocols import CausalLM
@@ -58,8 +59,8 @@ class Packed:
 class SharedScorer:
     """Scores the choices of rows with one model."""
 
-    def __init__(self, model: CausalLM, batch_size: int) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: CausalLM, batch_size: int, ranks: Ranks = ALONE) -> None:
+        self.model, self.batch_size, self.ranks = model, batch_size, ranks
         self.most_tokens = MOST_TOKENS.get(model.device.type, MOST_TOKENS["cuda"])
         self.computed = 0  # tokens that went through the network
 
@@ -76,11 +77,14 @@ class SharedScorer:
             return
         with evaluating(self.model), taking_masks(self.model):
             prefix = self._prefix(rows[0][0].ids[:shared]) if shared else None
-            for batch in batches:
+
+            def score(batch: range) -> list[list[float]]:
                 if prefix is None and len(batch) == 1:
-                    yield batch.start, [self._alone(rows[batch.start])]
-                else:
-                    yield batch.start, self._scored(packed[batch.start : batch.stop], shared, prefix)
+                    return [self._alone(rows[batch.start])]
+                return self._scored(packed[batch.start : batch.stop], shared, prefix)
+
+            for batch, values in zip(batches, self.ranks.dealt(batches, score), strict=True):
+                yield batch.start, values
 
     def _alone(self, row: Row) -> list[float]:
         """One row, its stem kept like the beginning of a group: on a CPU it runs in blocks, which is quicker."""

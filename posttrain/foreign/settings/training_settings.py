@@ -15,7 +15,7 @@ from .dialects import Dialect, Kind
 __all__ = ["read_training"]
 
 QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_bit", "gptq")
-FULL_PRECISION = "weights are not quantised in training: the adapter is trained on weights in full precision"
+NOT_QUANTISED = "only the frozen base of an adapter is quantised, in 4 bits (NF4) or 8"
 PLAIN_NAME = re.compile(r"\w+")
 BF16 = ("bf16", "bfloat16")
 
@@ -187,12 +187,15 @@ def _length(account: KeyAccount, dialect: Dialect, kind: Kind) -> None:
 
 
 def _lora(account: KeyAccount, dialect: Dialect, kind: Kind) -> None:
+    adapts = _adapts(account, dialect)
     for key in QUANTISED:
-        if not is_off(account.given.get(key)) and account.given.get("adapter") == "qlora":
-            account.drop(key, "adapter: qlora says it")
-        elif not is_off(account.given.get(key)):
-            account.lack(key, FULL_PRECISION)
-    if not _adapts(account, dialect):
+        if not is_off(account.given.get(key)):
+            settings = converted(key, "base_bits", account.given[key], {}) if adapts and key != "gptq" else None
+            if settings is None:
+                account.lack(key, NOT_QUANTISED)
+            else:
+                account.take(key, settings)
+    if not adapts:
         for key in [key for key in account.left if key.startswith("lora_")]:
             account.drop(key, "all weights are trained")
         return
@@ -223,7 +226,7 @@ def _adapts(account: KeyAccount, dialect: Dialect) -> bool:
     switch = {"TRL": "use_peft", "axolotl": "adapter", "LLaMA-Factory": "finetuning_type"}[dialect.title]
     value = account.given.get(switch)
     if value == "qlora":
-        account.lack(switch, FULL_PRECISION)
+        account.take(switch, {"base_bits": 4})
         return True
     if is_off(value) or value == "full":
         implied = value is None and dialect.title == "LLaMA-Factory"  # lora is its default

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gemma2.core.progress import Progress
+from gemma2.core.ranks import ALONE, Ranks
 
 from .base import Completion, Engine, Request
 
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "Engine", "Request", "load_engine"]
 
 
-def load_engine(config: GenerateConfig, progress: Progress) -> Engine:
-    """The engine that `config.engine` names, ready to answer.
+def load_engine(config: GenerateConfig, progress: Progress, ranks: Ranks = ALONE) -> Engine:
+    """The engine that `config.engine` names, ready to answer. ranks: the processes that share the work of our sampler.
 
     Raises UsageError when its package is missing, InputError when the model cannot be loaded.
     """
@@ -29,4 +30,4 @@ def load_engine(config: GenerateConfig, progress: Progress) -> Engine:
         return VllmEngine.load(config)
     from .local import SamplerEngine
 
-    return SamplerEngine.load_for(config)
+    return SamplerEngine.load_for(config, ranks)

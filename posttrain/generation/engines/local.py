@@ -2,7 +2,8 @@
 
 Requests are sorted by length and cut into batches; a batch, its order and its padding follow from the requests alone,
 and every row has a generator with its own seed. So a batch that is drawn again after a kill gives the same bytes, and a
-batch of which every completion is known is skipped.
+batch of which every completion is known is skipped. Several processes are dealt the batches in turns; each gets all
+completions, in the order of one process.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 
 from gemma2.core.json_files import JsonObject
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.attention.choice import drawing_kernel
 from gemma2.posttrain.data.chat import ChatFormat
-from gemma2.posttrain.models.loading import default_device, load_policy
-from gemma2.posttrain.models.precision import frozen_dtype
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.precision import free_cached, frozen_dtype
 from gemma2.posttrain.models.protocols import ModelConfig
 from gemma2.posttrain.models.sampler import SamplingParams, decode, evaluating, length_batches
 from gemma2.posttrain.schemas import GenerateConfig
@@ -41,7 +43,9 @@ class SamplerEngine:
         params: SamplingParams,
         batch_size: int,
         stops: Sequence[str] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.model = model
         self.stops = stops
         self.chat = chat
@@ -59,18 +63,19 @@ class SamplerEngine:
         dtype: Dtype = "auto",
         stops: Sequence[str] = (),
         attention: Attention = "auto",
+        ranks: Ranks = ALONE,
     ) -> SamplerEngine:
         """Load a model that only generates; of the attention kernels, eager and sdpa do."""
         model, tokenizer = load_policy(path, frozen_dtype(dtype), attention=drawing_kernel(attention))
-        return cls(model, ChatFormat(tokenizer, model.generation_config), params, batch_size, stops)
+        return cls(model, ChatFormat(tokenizer, model.generation_config), params, batch_size, stops, ranks)
 
     @classmethod
-    def load_for(cls, config: GenerateConfig) -> SamplerEngine:
+    def load_for(cls, config: GenerateConfig, ranks: Ranks = ALONE) -> SamplerEngine:
         """The engine of a `gemma2 generate`."""
         params = SamplingParams(
             config.max_new_tokens, config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p
         )
-        return cls.load(config.teacher, params, config.batch_size, config.dtype, config.stop, config.attention)
+        return cls.load(config.teacher, params, config.batch_size, config.dtype, config.stop, config.attention, ranks)
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Token ids of a prompt."""
@@ -78,10 +83,12 @@ class SamplerEngine:
 
     def complete(self, requests: Sequence[Request], known: Container[Key]) -> Iterator[list[Completion]]:
         """One group per batch, the longest prompts first."""
-        for batch in length_batches([len(request.ids) for request in requests], self.batch_size):
-            chosen = [requests[i] for i in batch]
-            if not all(request.key in known for request in chosen):
-                yield self._draw(chosen)
+        batches = [
+            [requests[i] for i in batch]
+            for batch in length_batches([len(request.ids) for request in requests], self.batch_size)
+        ]
+        missing = [batch for batch in batches if not all(request.key in known for request in batch)]
+        yield from self.ranks.dealt(missing, self._draw)
 
     def _draw(self, requests: Sequence[Request]) -> list[Completion]:
         uniforms = torch.stack([_uniforms(request.seed, self.params.max_new_tokens) for request in requests])
@@ -113,8 +120,7 @@ class SamplerEngine:
     def close(self) -> None:
         """Release the model, so that the reward model finds the memory free."""
         self.model = None
-        if default_device().type != "cpu":
-            torch.accelerator.empty_cache()
+        free_cached()
 
 
 def _uniforms(seed: int, count: int) -> torch.Tensor:

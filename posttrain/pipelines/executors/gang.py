@@ -143,6 +143,8 @@ def _outcome(job: Job, code: int, printed: str, said: str) -> Outcome:
     if error.get("kind") == "bug":
         return Outcome(1, traceback=said[said.rfind("Traceback (most recent call last)") :] or what)
     line = f"{what}; {fix}" if what and fix else what
+    if error.get("kind") == "lost":  # as a process that was killed: the pipeline may try again
+        return Outcome(-1, error=line)
     if code < 0 or code > SIGNALLED:
         number = -code if code < 0 else code - SIGNALLED
         return Outcome(-number, error=line or f"its command was ended by {signal.Signals(number).name}")

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 from .job_values import Event, Job, Outcome, on_node
 
@@ -34,6 +35,13 @@ def meeting_place() -> str:
         return f"{host}:{found.getsockname()[1]}"
 
 
+class RemoteTask(Protocol):
+    """A remote function of Ray whose result is a stream."""
+
+    def options(self, **words: object) -> RemoteTask: ...
+    def remote(self, job: Job, commands: Sequence[str]) -> Iterable[object]: ...
+
+
 @dataclass
 class RayGang:
     """A stage of several nodes that was handed to Ray.
@@ -41,12 +49,12 @@ class RayGang:
     ray, task  the library, and the remote function that runs a job on a node
     """
 
-    ray: Any
-    task: Any
+    ray: ModuleType
+    task: RemoteTask
     job: Job
     gpus: int
     commands: Sequence[str]
-    generators: list[Any] = field(default_factory=list)
+    generators: list[Iterable[object]] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
     first: tuple[int, Outcome | str] | None = None  # the node that failed first, and how
     outcome: Outcome | None = None  # of number 0
@@ -91,11 +99,15 @@ class RayGang:
         there = self.ray.remote(num_cpus=self.job.cpus, max_retries=0)(meeting_place)
         head = self.ray.get(there.options(scheduling_strategy=placed(0)).remote())
         for node in range(self.job.nodes):
-            options = {"num_cpus": self.job.cpus, "num_gpus": self.gpus, "scheduling_strategy": placed(node)}
-            task = self.task.options(**options, name=f"{self.job.stage} on node {node}")
+            task = self.task.options(
+                num_cpus=self.job.cpus,
+                num_gpus=self.gpus,
+                scheduling_strategy=placed(node),
+                name=f"{self.job.stage} on node {node}",
+            )
             self.generators.append(task.remote(on_node(self.job, node, head), self.commands))
 
-    def _follow(self, node: int, generator: Any, send: Callable[[Event], None]) -> None:  # noqa: ANN401
+    def _follow(self, node: int, generator: Iterable[object], send: Callable[[Event], None]) -> None:
         """Read the messages of one node to their end."""
         from ray.exceptions import RayError, RayTaskError
 

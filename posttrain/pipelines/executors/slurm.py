@@ -71,6 +71,7 @@ class SlurmExecutor:
         self.running: dict[str, _Submitted] = {}
         self.refused: dict[str, Outcome] = {}
         self.notes: list[tuple[str, Event]] = []
+        self.submitting: Mailbox | None = None
         self.gpus: bool | None = None  # whether the cluster has any
         self.every, self.late = EVERY, LATE
         self.asked = 0.0  # when SLURM was asked last
@@ -118,21 +119,22 @@ class SlurmExecutor:
         number = self._left_at_work(box, job, wanted)
         if number is None:
             try:
+                self.submitting = box
                 number = self._submit(box, job, wanted)
             except Refused as error:
+                self.submitting = None
                 self.refused[job.stage] = Outcome(1, error=f"sbatch does not take it: {error}; change --slurm")
                 return
             self.notes.append((job.stage, ("note", f"job {number} of SLURM; its log is {log}")))
         else:
             self.notes.append((job.stage, ("note", f"goes on with job {number} of SLURM")))
         self.running[job.stage] = _Submitted(box, number, log, time.monotonic())
+        self.submitting = None
 
     def _left_at_work(self, box: Mailbox, job: Job, wanted: Resources) -> str | None:
         """The number of an earlier job that does the same, and runs or is just done; another one is ended."""
-        before = _record(box)
-        name = before.get("name")
-        number = before.get("job") or (job_called(name) if isinstance(name, str) else None)
-        if not isinstance(number, str):
+        before, number = _record(box), _number_of(box)
+        if number is None:
             return None
         done = box.outcome()
         same = before.get("asked") == _asked(job, wanted)
@@ -217,13 +219,17 @@ class SlurmExecutor:
 
     def stop(self) -> None:
         """Cancel every job and wait for its end: it keeps its last checkpoint, and cleans up."""
-        if not self.running:
+        jobs = {one.number: one.box for one in self.running.values()}
+        if self.submitting is not None and (number := _number_of(self.submitting)):  # interrupted just then
+            jobs[number] = self.submitting
+        if not jobs:
             return
         allow(GRACE + 30)
-        cancel([one.number for one in self.running.values()])
-        for box in self._wait_for_end({one.number: one.box for one in self.running.values()}):
+        cancel([*jobs])
+        for box in self._wait_for_end(jobs):
             _forget(box)
         self.running.clear()
+        self.submitting = None
 
     def _wait_for_end(self, jobs: Mapping[str, Mailbox]) -> list[Mailbox]:
         """Wait until cancelled jobs have ended; return the mailboxes of those that have."""
@@ -262,6 +268,14 @@ def _record(box: Mailbox) -> JsonObject:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _number_of(box: Mailbox) -> str | None:
+    """The number of the job that was submitted for a mailbox, also where a kill came before it was noted."""
+    before = _record(box)
+    name = before.get("name")
+    found = before.get("job") or (job_called(name) if isinstance(name, str) else None)
+    return found if isinstance(found, str) else None
 
 
 def _forget(box: Mailbox) -> None:

@@ -30,6 +30,8 @@ WITHOUT = {
 WRITING = {"--force", "--fix", "--plot", "--write"}
 RL = "--reward reward --prompts prompts.jsonl"
 LINES = {
+    "push": "push there run",
+    "pull": "pull run pulled",
     "doctor": "doctor model --deep --fix repaired",
     "quickstart": "quickstart --out quickstart",
     "tiny": "tiny --out tiny",

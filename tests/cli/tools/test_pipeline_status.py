@@ -22,7 +22,7 @@ def made(tmp_path, monkeypatch):
     (place / "base").mkdir(parents=True)
     monkeypatch.chdir(place)
     write_model(place / "base", random_arrays(0))
-    monkeypatch.setattr(run, "executor_of", lambda *given: Inline())
+    monkeypatch.setattr(run, "executor_of", lambda *given, **more: Inline())
     stages = {"a": {"command": "merge passthrough", "options": {"models": ["base"]}}}
     stages["b"] = {"command": "merge passthrough", "options": {"models": ["${a.out}"]}}
     (place / "p.yaml").write_text(yaml.safe_dump({"stages": stages}))

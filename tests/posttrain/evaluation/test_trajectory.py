@@ -30,15 +30,19 @@ def root(tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module")
-def run(root):
+def trained(root, out, **more):
     """A real RL run of three steps on four prompts, evaluated at each step."""
     config = RlhfConfig(
         policy=root / "sft", prompts=root / "heldout.jsonl", heldout=root / "heldout.jsonl", steps=3, n=2, seed=7,
         prompts_per_step=2, learning_rate=2e-3, warmup_steps=0, eval_every=1, eval_prompts=4, eval_seed=5,
-        reward_fn=f"{__name__}:short", **NUMBERS,
+        reward_fn=f"{__name__}:short", **NUMBERS, **more,
     )  # fmt: skip
-    return run_rlhf(config, RunOptions(root / "run")).out
+    return run_rlhf(config, RunOptions(out)).out
+
+
+@pytest.fixture(scope="module")
+def run(root):
+    return trained(root, root / "run")
 
 
 def front_of(root, run, out, **more):
@@ -60,6 +64,18 @@ def test_the_same_weights_get_the_same_numbers_during_rl_and_on_the_front(root, 
         assert points[name]["reward"] == pytest.approx(sum(values[name]["reward"]) / 4)
         assert points[name]["reward_low"] <= points[name]["reward"] <= points[name]["reward_high"]
         assert points[name]["n"] == 4
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 2}], ids=["full", "LoRA"])
+def test_an_evaluation_in_half_precision_is_of_the_rounded_weights_that_a_front_loads(root, tmp_path, more):
+    run = trained(root, tmp_path / "run", dtype="bfloat16", **more)
+    last = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()][-1]
+    points = front_of(root, run, tmp_path / "front", dtype="bfloat16")
+    values = json.loads((tmp_path / "front" / "prompts.json").read_text())["points"]
+    assert last["values"] == {metric: values["run"][metric] for metric in ("reward", "kl")}  # bit for bit
+    assert {name for name, point in points.items() if point["kind"] == "trajectory"} == {"run step 1", "run step 2"}
+    wide = front_of(root, run, tmp_path / "wide")
+    assert [point for point in wide.values() if point["kind"] == "trajectory"] == []
 
 
 @pytest.mark.parametrize(

@@ -231,12 +231,12 @@ def test_a_recipe_equals_what_is_set_by_hand(place, capsys, tool, text, by_hand)
 
 @pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY, TRL])
 def test_every_key_of_a_file_is_in_the_account(place, text):
-    extra = changed(text, no_such_key=3, wandb_entity="me", load_in_8bit=True)
+    extra = changed(text, no_such_key=3, wandb_entity="me", gptq=True)
     rows = import_file(place(extra)).rows
     keys = [row.key.partition(".")[0] for row in rows if row.verdict != "implied"]
     assert set(keys) >= yaml.safe_load(extra).keys()
     lacking = {row.key for row in rows if row.verdict == "missing" and row.decides}
-    assert lacking == {"no_such_key", "load_in_8bit"}
+    assert lacking == {"no_such_key", "gptq"}
 
 
 @pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY, TRL])
@@ -255,6 +255,11 @@ def test_a_file_without_one_of_its_keys_is_read_or_refused_in_our_words(place, t
     ("text", "values", "ours"),
     [
         (AXOLOTL, {"adapter": None}, {"lora_rank": 0}),
+        (AXOLOTL, {"adapter": "qlora", "load_in_4bit": True}, {"lora_rank": 16, "base_bits": 4}),
+        (AXOLOTL, {"adapter": "qlora"}, {"base_bits": 4}),
+        (AXOLOTL, {"load_in_8bit": True}, {"base_bits": 8}),
+        (LLAMAFACTORY, {"quantization_bit": 8}, {"base_bits": 8}),
+        (TRL, {"load_in_4bit": True}, {"base_bits": 4}),
         (AXOLOTL, {"lora_r": 16, "peft_use_rslora": True}, {"lora_alpha": 128.0}),
         (AXOLOTL, {"excess_length_strategy": "raise"}, {"on_overlong": "error"}),
         (AXOLOTL, {"max_steps": 50}, {"max_steps": 50}),
@@ -292,7 +297,7 @@ def test_values_are_converted(place, text, values, ours):
 @pytest.mark.parametrize(
     ("text", "values", "key"),
     [
-        (AXOLOTL, {"adapter": "qlora", "load_in_4bit": True}, "adapter"),
+        (AXOLOTL, {"gptq": True}, "gptq"),
         (AXOLOTL, {"sample_packing": True}, "sample_packing"),
         (AXOLOTL, {"train_on_inputs": True}, "train_on_inputs"),
         (AXOLOTL, {"datasets": [{"path": "x.jsonl", "type": "completion"}]}, "datasets.type"),
@@ -303,7 +308,8 @@ def test_values_are_converted(place, text, values, ours):
         (AXOLOTL, {"special_tokens": {"eos_token": "<x>"}}, "special_tokens"),
         (AXOLOTL, {"lora_target_modules": "model.layers.[0-9]+.(q|v)_proj"}, "lora_target_modules"),
         (AXOLOTL, {"datasets": [{"path": "x.jsonl"}, {"path": "x.jsonl"}]}, "datasets.path"),
-        (LLAMAFACTORY, {"quantization_bit": 4}, "quantization_bit"),
+        (LLAMAFACTORY, {"quantization_bit": 3}, "quantization_bit"),
+        (LLAMAFACTORY, {"quantization_bit": 4, "finetuning_type": "full"}, "quantization_bit"),
         (LLAMAFACTORY, {"max_samples": 1000}, "max_samples"),
         (LLAMAFACTORY, {"dataset": "odd"}, "dataset.role_tag"),
         (LLAMAFACTORY, {"finetuning_type": "freeze"}, "finetuning_type"),

@@ -1,14 +1,17 @@
 """The processes of a command end as one: one line, of the process that was the cause, and its exit code."""
 
+import ctypes
 import gc
 import os
 import signal
 import socket
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
-from gemma2.core.errors import GuardStop, InputError, UsageError
+from gemma2.core import ranks
+from gemma2.core.errors import GuardStop, InputError, PeerLost, UsageError
 from gemma2.core.ranks import FOLDER
 from gemma2.posttrain.launch import launcher
 from gemma2.posttrain.launch.launcher import ProcessEnd, Processes, run_processes
@@ -62,6 +65,20 @@ def run(monkeypatch):
         gc.collect()
 
 
+def test_a_process_whose_command_is_gone_ends(monkeypatch):
+    signals = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: signals.append((pid, number)))
+    monkeypatch.setattr("sys.platform", "linux")
+    ranks.follow_launcher()  # not one of several: nothing happens
+    monkeypatch.setenv(FOLDER, "folder")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *asked: signals.append(asked)))
+    for parent in (os.getppid(), -1):
+        monkeypatch.setenv(ranks.LAUNCHER, str(parent))
+        ranks.follow_launcher()
+    asked = (ranks.PR_SET_PDEATHSIG, signal.SIGTERM)
+    assert signals == [asked, asked, (os.getpid(), signal.SIGTERM)]
+
+
 def test_processes_that_do_their_work_end_with_0(run, capfd):
     assert run("late", "late") == 0
     assert capfd.readouterr().err == ""
@@ -98,7 +115,7 @@ def test_a_process_that_was_killed_is_named_with_its_signal(run, capfd, works):
 
 
 def test_a_connection_that_is_lost_for_no_reason_on_this_machine_is_one_line(run, capfd):
-    with pytest.raises(InputError, match=r"rank 0: another process of the job is gone .*Connection closed by peer"):
+    with pytest.raises(PeerLost, match=r"rank 0: another process of the job is gone .*Connection closed by peer"):
         run("lost", "sleep")
     assert capfd.readouterr().err == ""
 

@@ -48,6 +48,8 @@ def alone(monkeypatch):
             monkeypatch.delenv(name)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # restored afterwards, whatever is done to it
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
 
 
 @pytest.fixture
@@ -142,7 +144,15 @@ def test_one_gpu_is_the_one_with_most_free_memory_and_nothing_is_started(tmp_pat
     gpus(tmp_path, monkeypatch, 100, 300, 200)
     assert started(sft(gpus=1), WORDS, SILENT) is None
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # the numbers are those of the driver's list
     assert runs == []
+
+
+def test_numbers_that_the_user_has_given_keep_their_meaning(tmp_path, monkeypatch, runs):
+    gpus(tmp_path, monkeypatch, 100, 300, 200)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    assert started(sft(gpus=1), WORDS, SILENT) is None
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2" and "CUDA_DEVICE_ORDER" not in os.environ
 
 
 def test_under_a_launcher_nothing_is_started_and_the_flags_have_to_agree(tmp_path, monkeypatch, runs):

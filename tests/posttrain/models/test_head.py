@@ -91,7 +91,7 @@ def test_a_decoder_under_autocast_converts_the_weights_once(monkeypatch):
     model = made("llama")
     with autocast(), torch.no_grad():
         fast = decoder.StepDecoder(model, 32)
-    assert fast.layers[0].qkv.dtype == torch.bfloat16
+    assert fast.layers[0].qkv.weight.dtype == torch.bfloat16
     assert fast.head is model.lm_head.weight  # fp32, shared
     narrow = decoder.StepDecoder(made("llama").bfloat16(), 32)
     assert narrow.head.dtype == torch.float32

@@ -5,13 +5,16 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rl_job import words, write_job
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.evaluation.trajectory import procedure
 from gemma2.posttrain.models import loading
-from gemma2.posttrain.models.precision import frozen_dtype
+from gemma2.posttrain.models.loading import load_policy
+from gemma2.posttrain.models.lora import merged_copy, sharing_copy
+from gemma2.posttrain.models.precision import as_loaded, frozen_dtype, trained_weights
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.schemas import ParetoConfig
 from gemma2.posttrain.tiny.networks import save_random
@@ -114,17 +117,45 @@ def test_a_front_of_another_precision_is_not_reused(world):
 
 def test_the_digest_of_a_procedure_knows_the_precision(world):
     shutil.copytree(world / "a", world / "sft")
-    made = [
-        procedure(
+    made = {
+        dtype: procedure(
             ParetoConfig(sft="sft", policies=("b",), prompts="p.jsonl", reward=("rm",), dtype=dtype),
-            world / "sft",
-            world / "p.jsonl",
-            1,
-            0,
+            *(world / "sft", world / "p.jsonl", 1, 0),
+            frozen_dtype(dtype),
         )
         for dtype in ("auto", "float32", "bfloat16")
-    ]
-    assert len(set(made)) == 3
+    }
+    assert made["auto"] == made["float32"] != made["bfloat16"]
+
+
+def test_a_trained_model_is_measured_as_it_will_be_loaded(world):
+    """Bit for bit: weights rounded once, buffers as they are, ties kept; in its own precision it is itself."""
+    ids = torch.tensor([[2, 5, 9, 11, 40, 41, 42]])
+    trained, narrow = load_policy(world / "a")[0], load_policy(world / "a", torch.bfloat16)[0]
+    with as_loaded(trained, torch.bfloat16) as measured, torch.no_grad():
+        assert torch.equal(measured(ids).logits, narrow(ids).logits)
+        assert measured.get_output_embeddings().weight is measured.get_input_embeddings().weight
+        assert not any(weight.requires_grad for weight in measured.parameters())
+    assert trained.dtype == torch.float32
+    with as_loaded(trained, torch.float32) as measured:
+        assert measured is trained
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_adapters_are_added_before_the_weights_are_rounded(world):
+    policy = load_policy(world / "a")[0]
+    base = sharing_copy(policy)
+    trained = get_peft_model(policy, LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, weight in trained.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    merged_copy(base, policy).save_pretrained(world / "merged")
+    shutil.copy(world / "a" / "tokenizer.json", world / "merged")
+    shutil.copy(world / "a" / "tokenizer_config.json", world / "merged")
+    ids = torch.tensor([[2, 5, 9, 11, 40, 41, 42]])
+    with trained_weights(policy, base, torch.bfloat16) as measured, torch.no_grad():
+        assert torch.equal(measured(ids).logits, load_policy(world / "merged", torch.bfloat16)[0](ids).logits)
 
 
 def test_a_server_decides_its_own_precision(world):

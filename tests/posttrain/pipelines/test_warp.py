@@ -77,7 +77,7 @@ def stop_often(generation_config: Path) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _stages_run_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages_of_warp, "executor_of", lambda name, jobs: Inline(jobs))
+        patch.setattr(stages_of_warp, "executor_of", lambda name, jobs, **more: Inline(jobs))
         patch.chdir(".")  # a stage changes the working folder and the environment
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             patch.setenv(name, "1")

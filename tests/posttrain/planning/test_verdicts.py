@@ -9,7 +9,7 @@ import pytest
 from gemma2.cli.app import invoke
 from gemma2.posttrain.planning.memory import Lengths, MemoryPlace, memory_of
 from gemma2.posttrain.planning.shapes import shape_of
-from gemma2.posttrain.planning.verdicts import CARDS, GB, judge, micro_batch_field, micro_batches
+from gemma2.posttrain.planning.verdicts import CARDS, GB, gpus_flags, judge, micro_batch_field, micro_batches
 from gemma2.posttrain.schemas import (
     DistillConfig,
     EvalConfig,
@@ -69,7 +69,7 @@ def test_verdicts_agree_with_the_sums(name):
             assert judge(after, shape_of, place).fits
         else:
             assert verdict.needed_then > place.capacity
-            assert "no flags help" in verdict.advice
+            assert "no flags help" in verdict.advice or gpus_flags(verdict.gpus) in verdict.advice
 
 
 def test_every_kind_of_verdict_is_among_them():
@@ -126,3 +126,32 @@ def test_pasted_flags_fit(line, capsys, tmp_path, monkeypatch):
     [after] = json.loads(capsys.readouterr().out)["verdicts"]
     assert after["fits"]
     assert after["needs_gib"] == before["then_gib"]
+
+
+@pytest.mark.parametrize(
+    ("line", "size", "flags"),
+    [
+        ("plan sft --model 9b", "80GB", "--gpus 4"),
+        ("plan sft --model 27b --batch-size 32", "80GB", "--gpus 8"),
+        ("plan rlhf --policy 2b --reward 2b --set micro_batch_size=4", "48GB", "--gpus 2"),
+        ("plan rlhf --policy 27b --reward 9b --set micro_batch_size=1", "141GB", "--gpus 8"),
+        ("plan reward --model 9b --batch-size 32 --set micro_batch_size=1", "24GB", "--gpus 8 --nodes 2"),
+    ],
+)
+def test_the_fewest_gpus_hold_a_command_and_half_of_them_do_not(line, size, flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*line.split(), "--gpu", size, "--json"]
+    assert invoke(words) == 0
+    [before] = json.loads(capsys.readouterr().out)["verdicts"]
+    count = before["fewest_gpus"]
+    assert gpus_flags(count) == flags
+    for gpus, fits in ((flags, True), (gpus_flags(count // 2), False)):
+        assert invoke([*words, *gpus.split(), "--strategy", "fsdp"]) == 0
+        [after] = json.loads(capsys.readouterr().out)["verdicts"]
+        assert after["fits"] == fits, gpus
+
+
+def test_micro_batches_are_of_the_share_of_a_process():
+    assert micro_batches(CONFIGS["sft"].model_copy(update={"batch_size": 12}), 4) == [1, 3]
+    rl = CONFIGS["rlhf"].model_copy(update={"prompts_per_step": 8, "n": 3})
+    assert micro_batches(rl, 4) == [1, 2, 3, 6]

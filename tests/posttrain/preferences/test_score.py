@@ -152,8 +152,12 @@ def test_an_interrupted_job_continues_at_the_next_row(inputs, tmp_path, monkeypa
     whole, result = scored(inputs, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         scored(inputs, tmp_path / "out", progress=interrupting(3))
-    asked, score = [], score_module._score
-    monkeypatch.setattr(score_module, "_score", lambda chunk, *rest: asked.extend(chunk) or score(chunk, *rest))
+    asked, score = [], score_module.score_rows
+    monkeypatch.setattr(
+        score_module,
+        "score_rows",
+        lambda model, rows, *rest, **more: asked.append(rows) or score(model, rows, *rest, **more),
+    )
     resumed, again = scored(inputs, tmp_path / "out", resume=True)
     assert resumed == whole and again.summary == result.summary and len(asked) == 1
 

@@ -149,7 +149,8 @@ def test_parts_that_the_trainer_spends_one_by_one_leave_the_whole_batch_s_gradie
         accelerator=SimpleNamespace(
             num_processes=1, backward=backward, autocast=nullcontext, gather=lambda values: values
         ),
-        rollout=SimpleNamespace(policy=model),
+        trained=model,
+        sharded=False,
         temperature=TEMPERATURE,
         current_gradient_accumulation_steps=1,
         _entropy=torch.zeros(2),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from waiting import wait_for
 
 from gemma2.core.errors import InputError, UsageError
-from gemma2.core.ranks import Ranks
+from gemma2.core.ranks import Failure, Ranks
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.rows import Prompt
 from gemma2.posttrain.evaluation.evaluate import MeasureSettings, measure
@@ -104,7 +104,9 @@ def test_an_error_of_rank_0_ends_the_others_with_its_exit_code_and_no_words(monk
     def broken():
         raise InputError("what", "mend")
 
-    monkeypatch.setattr(Ranks, "_broadcast", lambda self, value: value if self.is_main else (None, 1))
+    monkeypatch.setattr(
+        Ranks, "_every", lambda self, value: [value if self.is_main else Failure("InputError", "", "", "", 1)]
+    )
     with pytest.raises(InputError):
         Ranks(0, 2).on_main(broken)
     with pytest.raises(SystemExit) as ended:

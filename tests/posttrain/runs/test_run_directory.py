@@ -85,7 +85,7 @@ def test_the_manifest_tells_where_an_output_comes_from(place):
     digest = hashing.digest_file(place / "data.jsonl")
     assert manifest["data"] == [{"role": "data", "path": "../data.jsonl", "digest": digest}]
     assert {"torch", "transformers", "gemma2"} <= manifest["versions"].keys() or manifest["gemma2"] == "source"
-    assert set(manifest["hardware"]) == {"machine", "system", "cpus"}
+    assert {"machine", "system", "cpus"} <= set(manifest["hardware"])
     assert manifest["started"] <= manifest["ended"]
     assert set(manifest["files"]) == {"metrics.jsonl", "model.safetensors"}
 

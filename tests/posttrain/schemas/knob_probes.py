@@ -396,7 +396,7 @@ def reward_models() -> Iterator[None]:
     with (
         patch.object(terms.RewardModel, "from_dir", model),
         patch.object(
-            terms, "averaged_reward_model", lambda paths, dtype, kernel: model([*paths, "average"], dtype, kernel)
+            terms, "averaged_reward_model", lambda paths, dtype, kernel, _: model([*paths, "average"], dtype, kernel)
         ),
     ):
         yield
@@ -501,6 +501,8 @@ def rl_data(config: Any, room: Room) -> object:
 
 def rl_run(config: Any, room: Room) -> object:
     """What `gemma2 rlhf` sets up before the first step, in calls of the functions that build it."""
+    from gemma2.posttrain.adapters import frozen_base
+    from gemma2.posttrain.models.precision import HOST
     from gemma2.posttrain.rl import rlhf, setup
 
     calls: list[object] = []
@@ -508,11 +510,15 @@ def rl_run(config: Any, room: Room) -> object:
     def note(name: str, result: object) -> Callable[..., object]:
         return lambda *given, **named: (calls.append([name, [known(item) for item in given]]), result)[1]
 
-    network = SimpleNamespace(generation_config=None, requires_grad_=lambda flag: network, named_modules=lambda: [])
-    trainer = SimpleNamespace(add_callback=lambda callback: None, follow=note("follow", None), anchor=None)
+    network = SimpleNamespace(
+        generation_config=None, requires_grad_=lambda flag: network, named_modules=lambda: [], device=HOST
+    )
+    silent = lambda callback: None  # noqa: E731
+    trainer = SimpleNamespace(add_callback=silent, follow=note("follow", None), anchor=None, trained=network)
     with (
         patch.object(rlhf, "open_run", note("parents", nothing(open_run(room)))),
         patch.object(setup, "load_policy", note("load", (network, None))),
+        patch.object(frozen_base, "load_policy", note("load", (network, None))),
         patch.object(setup, "check_targets"),
         patch.object(setup, "sharing_copy", lambda policy: network),
         patch.object(setup, "check_same_vocabulary"),
@@ -669,7 +675,7 @@ def compiled_stage(config: Any, room: Room) -> object:
 def compiled_resources(config: Any, room: Room) -> object:
     from gemma2.posttrain.schemas import PipelineFile, StageFile
 
-    stage = StageFile(command="tiny")
+    stage = StageFile(command="sft", options={"model": "m", "data": ["d"]})
     shared = PipelineFile(stages={"a": stage}, resources=config)
     return compiled(shared, room), compiled_stage(stage.model_copy(update={"resources": config}), room)
 
@@ -698,9 +704,14 @@ def scored_rows(config: Any, room: Room) -> object:
 
     given: list[object] = []
 
-    def scores(chunk: list[Any], model: object, chat: object, longest: object, batch_size: int) -> object:
-        given.append([model.name, longest, batch_size])  # type: ignore[attr-defined]
-        return [[0.5] * len(one.columns) for one in chunk]
+    def scores(model: Any, rows: list[list[int]], batch_size: int, ranks: object) -> object:
+        import torch
+
+        given.append([model.name, rows, batch_size])
+        return torch.full((len(rows),), 0.5)
+
+    def ids(chunk: list[Any], chat: object) -> list[list[int]]:
+        return [[1] * 120 for row in chunk for _ in row.conversations]
 
     def load(path: Path, dtype: object, attention: str) -> object:
         name = f"{path} {dtype} {attention}"
@@ -710,7 +721,8 @@ def scored_rows(config: Any, room: Room) -> object:
         patch.object(score.RewardModel, "from_dir", load),
         patch.object(score, "ChatFormat", lambda *_: CHAT),
         patch.object(score, "load_tokenizer", lambda *_: None),
-        patch.object(score, "_score", scores),
+        patch.object(score, "score_rows", scores),
+        patch.object(score, "_ids", ids),
         light_runs(score, room),
     ):
         result = score.run_score(config, room.out())
@@ -721,7 +733,7 @@ class LightRun:
     """A run without a manifest, whose inputs are neither digested nor looked for."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.checkpoints = path, path / ".checkpoints"
+        self.path, self.checkpoints, self.ranks = path, path / ".checkpoints", ALONE
         self.origin: dict[str, object] = {}
         path.mkdir()
 

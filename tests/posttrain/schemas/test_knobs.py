@@ -241,7 +241,7 @@ cases("RlhfConfig", probes.rl_data, split, seed=5, eval_prompts=2)
 cases(
     "RlhfConfig", probes.rl_run, rewarded, policy="other", sft="other", anchor="sft", mu=0.5, anchor_memory="cpu",
     max_kl=7.0, max_dead_steps=7, engine="vllm", lora_rank=4, seed=5, micro_batch_size=16,
-    lora_anchor=with_("factors", lora_rank=4),
+    lora_anchor=with_("factors", lora_rank=4), ema_every=7,
 )  # fmt: skip
 distill = {"teacher": "t", "prompts": "p"}
 cases(
@@ -270,6 +270,7 @@ cases(
     anchor_memory="cpu", temperature=0.5, max_new_tokens=7, micro_batch_size=16, eval_every=7, eval_prompts=7,
     max_kl=7.0, max_dead_steps=7, lora_rank=4, lora_alpha=3.0, lora_targets=("q_proj",),
     lora_anchor=with_("factors", lora_rank=4), reward_ensemble=with_("min", reward=("a", "b")),
+    ema_every=7, vllm_seeds=with_("request", engine="vllm"),
     vllm_mode=None, vllm_memory=with_(0.5, engine="vllm"), vllm_tensor_parallel=with_(2, engine="vllm"),
     vllm_server_url=with_("http://b/", engine="vllm", vllm_mode="server", before="http://a/"),
 )  # fmt: skip

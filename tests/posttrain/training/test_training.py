@@ -10,14 +10,9 @@ from trl import SFTConfig
 
 from gemma2.core.errors import AlertStop, GuardStop, OutputError, UsageError
 from gemma2.posttrain.runs.live import ask_to_end, read_live
-from gemma2.posttrain.training import trainer
-from gemma2.posttrain.training.trainer import (
-    configured,
-    is_complete,
-    latest_checkpoint,
-    mark_complete,
-    trainer_arguments,
-)
+from gemma2.posttrain.training import checkpoints, trainer
+from gemma2.posttrain.training.checkpoints import is_complete, latest_checkpoint, mark_complete
+from gemma2.posttrain.training.trainer import configured, trainer_arguments
 
 # --- trainer options --------------------------------------------------------------------------------------------------
 
@@ -211,7 +206,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_is_refused_before_it_is_writ
         asked.append(directory)
         return SimpleNamespace(free=0 if len(asked) == step // 2 else 10**9)
 
-    monkeypatch.setattr(trainer.shutil, "disk_usage", usage)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
     then = "start again" if step == 2 else "continue with --resume"
     message = rf"step {step}: its checkpoint needs .* has 0 B free; free some space, then {then}"
     with pytest.raises(OutputError, match=message), opened(tmp_path) as (config, run):

@@ -14,7 +14,8 @@ from gemma2.posttrain.pipelines.executors import gang
 from gemma2.posttrain.pipelines.executors.gang import command_line, run_gang
 from gemma2.posttrain.pipelines.executors.job_values import Job, Outcome
 from gemma2.posttrain.pipelines.executors.reservations import runs_as_gang
-from gemma2.posttrain.runs.commands import COMMANDS
+from gemma2.posttrain.pipelines.scheduler import _launched
+from gemma2.posttrain.runs.commands import COMMANDS, spell
 from gemma2.posttrain.schemas import Resources, SftConfig
 from gemma2.posttrain.schemas.config import resolve
 
@@ -91,6 +92,10 @@ print(json.dumps({"loss": 1.5, "path": os.environ["PYTHONPATH"]}))
             Outcome(3, error="KL"),
         ),
         ('sys.stderr.write("error: no such flag"); sys.exit(2)', None),
+        (
+            'print(json.dumps({"error": {"kind": "lost", "what": "another one is gone", "fix": ""}})); sys.exit(1)',
+            Outcome(-1, error="another one is gone"),
+        ),
         ("os.kill(os.getpid(), 9)", Outcome(-9, error="its command was ended by SIGKILL")),
         (
             'print(json.dumps({"error": {"kind": "system", "what": "rank 3 was killed", "fix": ""}})); sys.exit(137)',
@@ -178,6 +183,14 @@ def test_a_stage_reserves_gpus_and_nodes_and_its_options_do_not(tmp_path):
     with pytest.raises(UsageError, match=advice.replace(r"stages\.a: ", "")):
         pipeline(tmp_path, {}, model="m", data=["d"], gpus=8)
     assert pipeline(tmp_path, {"gpus": 8}, model="m", data=["d"]).resources.gpus == 8  # the advice, followed
+
+
+def test_a_stage_is_shown_with_its_gang(tmp_path):
+    stage = pipeline(tmp_path, {"gpus": 8, "nodes": 2}, model="m", data=["d"])
+    shown = spell("sft", _launched(stage, stage.config()), stage.out)
+    assert "--gpus 8 --nodes 2" in shown
+    alone = pipeline(tmp_path, {"gpus": 1}, model="m", data=["d"])
+    assert "--gpus" not in spell("sft", _launched(alone, alone.config()), alone.out)
 
 
 @pytest.mark.parametrize(("asked", "named"), [({"gpus": 2}, "gpus = 2"), ({"nodes": 3}, "nodes = 3")])

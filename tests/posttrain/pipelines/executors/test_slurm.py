@@ -239,6 +239,20 @@ def test_an_interrupt_cancels_the_jobs_and_waits_for_their_end(cluster, executor
     assert not executor.running and not Path("logs/a.slurm", slurm.SUBMITTED).exists()
 
 
+def test_an_interrupt_while_a_job_is_submitted_cancels_it_too(cluster, executor, monkeypatch):
+    (cluster / "instead").write_text(SLEEP)
+
+    def interrupted(script):
+        slurm_commands.submit(script)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        executor.start(job(), ANY)
+    executor.stop()
+    assert fake_slurm.state(cluster / "jobs" / "1") == "CANCELLED"
+
+
 def again(executor) -> SlurmExecutor:
     """The executor of a pipeline that was started again after a kill."""
     made = SlurmExecutor(2, ["partition=gpu"])

@@ -22,7 +22,7 @@ def push(
         rich_help_panel="Inputs",
     ),
     outputs: list[Path] = typer.Argument(
-        metavar="DIR...", help="Complete outputs.", show_default=False, rich_help_panel="Inputs"
+        metavar="DIR", help="Complete outputs.", show_default=False, rich_help_panel="Inputs"
     ),
     force: bool = typer.Option(
         False, "--force", help="Replace another output of this name there.", rich_help_panel="Output and control"
