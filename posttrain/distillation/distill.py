@@ -95,6 +95,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         evaluation = StudentEvaluation(run, config, setup, trainer)
         trainer.add_callback(callback)
         trainer.add_callback(evaluation)
+        run.memory.holds = {"teacher": lambda: setup.loss}
         train(trainer, run, callback, lambda: trainer.teaches)
         figures = callback.summary(trainer.model)
         figures |= write_student(trainer, setup, config, run, progress)
