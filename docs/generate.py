@@ -4,6 +4,7 @@ docs/commands.md      the --help pages
 docs/merging.md       the methods, from their table
 docs/plan.svg         a plan as a terminal shows it
 docs/your-gemma2.md   the memory of each step on a GPU, as gemma2 plan computes it
+docs/scale.md         the memory of each training command on one, eight and sixteen GPUs
 docs/recipes.md       the recipe of each command, size and machine, with its memory, from the planner
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+from scale_table import scale
 from screens import own_fonts
 from typer.core import TyperGroup
 
@@ -45,6 +47,8 @@ QUANTISED, END_OF_QUANTISED = (
 )
 RECIPES = Path(__file__).with_name("recipes.md")
 PLANS, END_OF_PLANS = "<!-- recipes: written by make docs from the planner -->", "<!-- end of recipes -->"
+SCALE = Path(__file__).with_name("scale.md")
+SCALES, END_OF_SCALES = "<!-- scale: written by make docs from the planner -->", "<!-- end of scale -->"
 PARAMETERS = 2_614_341_888  # of Gemma 2 2B
 CARDS = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 141}
 LENGTHS = Lengths(row=1024, prompt=256)  # of the longest rows
@@ -261,6 +265,11 @@ def recipes_page() -> str:
     return between(RECIPES, PLANS, END_OF_PLANS, plans())
 
 
+def scale_page() -> str:
+    """docs/scale.md with its table between the marks."""
+    return between(SCALE, SCALES, END_OF_SCALES, scale())
+
+
 class Terminal(io.StringIO):
     """A terminal that keeps what is printed."""
 
@@ -291,3 +300,4 @@ if __name__ == "__main__":
     MERGING.write_text(merging_page(), encoding="utf-8")
     YOURS.write_text(your_page(), encoding="utf-8")
     RECIPES.write_text(recipes_page(), encoding="utf-8")
+    SCALE.write_text(scale_page(), encoding="utf-8")
