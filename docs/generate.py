@@ -14,6 +14,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -39,6 +40,10 @@ YOURS = Path(__file__).with_name("your-gemma2.md")
 MEMORY, END_OF_MEMORY = (
     "<!-- memory: written by make docs from posttrain/planning/memory.py -->",
     "<!-- end of memory -->",
+)
+QUANTISED, END_OF_QUANTISED = (
+    "<!-- few bits: written by make docs from posttrain/planning/memory.py -->",
+    "<!-- end of few bits -->",
 )
 RECIPES = Path(__file__).with_name("recipes.md")
 PLANS, END_OF_PLANS = "<!-- recipes: written by make docs from the planner -->", "<!-- end of recipes -->"
@@ -194,9 +199,47 @@ def size_of(path: Path) -> ModelShape:
     return SIZES["2b"]
 
 
+def quantised() -> str:
+    """A table: memory of trainings of adapters on a base in bf16, 8 and 4 bits."""
+    rows = ["| | bf16 | 8 bits | 4 bits |", "| --- | --- | --- | --- |"]
+    adapter: dict[str, object] = {"lora_rank": 16, "micro_batch_size": 1, "max_length": 2048}
+    rl: dict[str, object] = {
+        "lora_rank": 16,
+        "lora_anchor": "factors",
+        "prompts": "rows",
+        "n": 4,
+        "micro_batch_size": 4,
+    }
+    for size in ("2b", "9b"):
+        kinds: dict[str, tuple[type[SftConfig | RewardConfig | RlhfConfig], dict[str, object]]] = {
+            "sft": (SftConfig, {"model": size, "data": "rows", **adapter}),
+            "reward": (RewardConfig, {"model": size, "data": "rows", **adapter}),
+            "rlhf, reward model 2B": (RlhfConfig, {"policy": size, "reward": ["2b reward model"], **rl}),
+            "rlhf, reward function": (RlhfConfig, {"policy": size, "reward_fn": ["rewards:score"], **rl}),
+        }
+        for name, (schema, settings) in kinds.items():
+            cells_of_row = []
+            for bits in (None, 8, 4):
+                config = schema.model_validate({**settings, "base_bits": bits})
+                plan = memory_of(config, named_size, MemoryPlace("accelerator"))
+                assert plan is not None, name
+                cells_of_row.append(f"{plan.peak.bytes / 1e9:.1f}")
+            command, _, more = name.partition(",")
+            rows.append(f"| {command} {size.upper()}{',' if more else ''}{more} | {' | '.join(cells_of_row)} |")
+    return "\n".join(rows)
+
+
+def named_size(path: Path) -> ModelShape:
+    """The shape of a model that is named by its size, and of a reward model of that size."""
+    size, _, kind = str(path).partition(" ")
+    return replace(SIZES[size], outputs=1 if kind else 0)
+
+
 def your_page() -> str:
-    """docs/your-gemma2.md with its table of memory between the marks."""
-    return between(YOURS, MEMORY, END_OF_MEMORY, memory())
+    """docs/your-gemma2.md with its tables of memory between the marks."""
+    text = between(YOURS, MEMORY, END_OF_MEMORY, memory())
+    begin, end = text.index(QUANTISED) + len(QUANTISED), text.index(END_OF_QUANTISED)
+    return f"{text[:begin]}\n\n{quantised()}\n\n{text[end:]}"
 
 
 def plans() -> str:

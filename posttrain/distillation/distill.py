@@ -37,7 +37,7 @@ from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open
 from gemma2.posttrain.schemas.distill import DistillConfig
 from gemma2.posttrain.sharding.lockstep import in_step
 from gemma2.posttrain.sharding.placement import WHOLE, Placement, placed
-from gemma2.posttrain.sharding.results import save_result
+from gemma2.posttrain.sharding.trained_outputs import save_result
 from gemma2.posttrain.sharding.units import is_sharded, whole_head
 from gemma2.posttrain.training.heldout import heldout_loss
 from gemma2.posttrain.training.sharded_trainer import hand_over

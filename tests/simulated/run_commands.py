@@ -5,6 +5,8 @@
 Prints {"name": {"code", "operations", "waits", "said"}, ...}.
 
 GEMMA2_PLANTED=1 leaves the random numbers of the sampler on the CPU: what a forgotten `.to(device)` would do.
+GEMMA2_KERNEL=flex gives the device a flex_attention, which is eager attention under that name; GEMMA2_KERNEL=uncapped
+one without the soft cap.
 """
 
 from __future__ import annotations
@@ -27,6 +29,22 @@ def plant() -> None:
     sampler.draw = lambda logits, uniforms, params: plain(logits, uniforms.cpu(), params)
 
 
+def plant_kernel(capped: bool) -> None:
+    """Let `flex_attention` run on the device: torch's own is compiled for real ones."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    from gemma2.posttrain.attention import kernels
+
+    def attend(*arguments: object, **options: object) -> object:
+        return eager_attention_forward(*arguments, **options | ({} if capped else {"softcap": None}))
+
+    kernels.DEVICES["flex_attention"] = ("sim",)
+    AttentionInterface.register("flex_attention", attend)
+    AttentionMaskInterface.register("flex_attention", eager_mask)
+
+
 def main() -> None:
     """Read the command lines, run them, print what became of them."""
     lines = json.load(sys.stdin)
@@ -35,6 +53,8 @@ def main() -> None:
 
     if "GEMMA2_PLANTED" in os.environ:
         plant()
+    if "GEMMA2_KERNEL" in os.environ:
+        plant_kernel(os.environ["GEMMA2_KERNEL"] == "flex")
     found = {}
     for name, words in lines.items():
         before, waits, said = accelerator.seen.operations, accelerator.seen.waits, io.StringIO()
