@@ -236,8 +236,11 @@ def seed_of(config: RlhfConfig) -> int:
 
 
 def alike_of(config: RlhfConfig) -> str | None:
-    """The procedure of the evaluations; None on a part of the training prompts, which no other command measures on."""
-    if config.heldout is None:
+    """The procedure of the evaluations; None where no other command measures the same.
+
+    That is so on a part of the training prompts, and for a policy on a quantised base, which is not its output.
+    """
+    if config.heldout is None or config.base_bits is not None:
         return None
     return procedure(
         config, config.sft or config.policy, config.heldout, 1, seed_of(config), frozen_dtype(config.dtype)
