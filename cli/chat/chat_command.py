@@ -88,6 +88,13 @@ Dtype = typer.Option(
     show_default=False,
     rich_help_panel="Settings",
 )
+Attention = typer.Option(
+    "auto",
+    "--attention",
+    metavar="auto|eager|sdpa",
+    help="Attention kernel; auto: eager. An answer is drawn with masks that the others do not take.",
+    rich_help_panel="Settings",
+)
 Votes = typer.Option(
     Path("votes.jsonl"),
     "--votes",
@@ -109,6 +116,7 @@ def chat(
     max_new_tokens: int | None = MaxNewTokens,
     seed: int | None = Seed,
     dtype: str | None = Dtype,
+    attention: str = Attention,
     votes: Path = Votes,
     dry_run: bool = DryRun,
     as_json: bool = AsJson,
@@ -129,6 +137,8 @@ def chat(
 
     if dtype not in (None, "float32", "bfloat16"):
         raise UsageError(f"--dtype {dtype} is unknown", "use float32 or bfloat16")
+    if attention not in ("auto", "eager", "sdpa"):
+        raise UsageError(f"--attention {attention} does not draw answers", "use auto, eager or sdpa")
     given = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
     settings = DrawSettings().changed(" ".join(f"{key}={value}" for key, value in given.items() if value is not None))
     models = [model] if against is None else [model, against]
@@ -141,7 +151,7 @@ def chat(
     if as_json and once is None:
         raise UsageError("--json answers once", "give -p TEXT, or a text on stdin")
     console = Console(as_json=as_json, quiet=quiet)
-    speakers = _loaded(models, dtype, console)
+    speakers = _loaded(models, dtype, attention, console)
     talk = Talk([one.name for one in speakers], system, settings=settings, votes=votes)
     _converse(speakers, talk, once, console)
 
@@ -173,7 +183,7 @@ def _show_plan(paths: list[Path], dtype: str | None, sizes: bool, console: Conso
     console.result({"plan": "chat, nothing was loaded", **models, "dtype": dtype, **needs})
 
 
-def _loaded(paths: list[Path], dtype: str | None, console: Console) -> list[Speaker]:
+def _loaded(paths: list[Path], dtype: str | None, attention: str, console: Console) -> list[Speaker]:
     """The models, checked by their headers before torch is imported."""
     from gemma2.core.outputs.hub import locate_model
     from gemma2.posttrain.runs.inputs import model_name
@@ -194,7 +204,7 @@ def _loaded(paths: list[Path], dtype: str | None, console: Console) -> list[Spea
     for place, name in zip(places, names, strict=True):
         if sys.stderr.isatty():
             console.note(f"loading {name}")
-        found.append(Speaker.load(place, name, kind))
+        found.append(Speaker.load(place, name, kind, "sdpa" if attention == "sdpa" else "eager"))
     return found
 
 

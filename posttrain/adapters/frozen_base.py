@@ -1,8 +1,7 @@
 """The model that a command trains, as it is loaded: in fp32, or as the frozen base of an adapter.
 
 all weights are trained     fp32
-LoRA                        the base is not trained: as `models/precision.py` says, bf16 on an accelerator; fp32 where
-                            no autocast lets it compute next to fp32 adapters and anchors: on a CPU, by trainer.bf16
+LoRA                        the base is not trained: as `models/precision.py` says on an accelerator, fp32 on a CPU
 LoRA with --base-bits       its linear layers in 4 or 8 bits; embeddings, norms and heads as above. The model is
                             compared with its directory before it is quantised, and what quantising changes is measured
 
@@ -35,9 +34,14 @@ N = TypeVar("N", bound=Network)
 
 
 def base_dtype(config: LoraFields) -> torch.dtype:
-    """The dtype of a model that is going to be trained: fp32, or that of a frozen base under autocast."""
+    """The dtype of a model that is going to be trained: fp32, or that of a frozen base.
+
+    A CPU trains without autocast, and so does `trainer.bf16: false`: there a base is as wide as its adapter.
+    """
     autocast = default_device().type != "cpu" and getattr(config, "trainer", {}).get("bf16", True)
-    return frozen_dtype(getattr(config, "dtype", "auto")) if config.lora_rank and autocast else torch.float32
+    if config.lora_rank == 0 or not autocast:
+        return torch.float32
+    return frozen_dtype(getattr(config, "dtype", "auto"))
 
 
 def check_base(config: LoraFields) -> None:

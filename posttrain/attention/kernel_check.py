@@ -38,26 +38,26 @@ PROJECTIONS = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 
 
 @dataclass(frozen=True)
-class Measured:
+class ProbeOutcome:
     """The outcome of one form of rows: states (N, d), and the gradient of each projection; both fp64 on the CPU."""
 
     states: Tensor
     gradients: Mapping[str, Tensor]
 
-    def distances(self, other: Measured) -> Distances:
+    def distances(self, other: ProbeOutcome) -> ProbeDistances:
         """From another outcome, which is the reference."""
         found = [_distance(self.gradients[name], other.gradients[name]) for name in other.gradients]
-        return Distances(_distance(self.states, other.states), max(found, default=0.0))
+        return ProbeDistances(_distance(self.states, other.states), max(found, default=0.0))
 
 
 @dataclass(frozen=True)
-class Distances:
-    """Distances of states, and of gradients (0 where none were computed)."""
+class ProbeDistances:
+    """ProbeDistances of states, and of gradients (0 where none were computed)."""
 
     states: float
     gradients: float
 
-    def within(self, limit: Distances) -> bool:
+    def within(self, limit: ProbeDistances) -> bool:
         """Whether both are at most those of `limit`; NaN is not."""
         return self.states <= limit.states and self.gradients <= limit.gradients
 
@@ -78,8 +78,8 @@ class KernelCheck:
     kernel: str
     precision: Precision
     rows: str
-    off: Distances
-    limit: Distances
+    off: ProbeDistances
+    limit: ProbeDistances
     learns: bool
     nearest: str = ""
 
@@ -136,7 +136,7 @@ def _compared(
     network = small_network(settings).to(device)
     forms = {name: rows for name, rows in probe_rows().items() if packed or name != "packed"}
     found = []
-    rounding, faults = Distances(0.0, 0.0), []
+    rounding, faults = ProbeDistances(0.0, 0.0), []
     wide = copy.deepcopy(network).double() if precision == "float32" else network
     for name, rows in forms.items():
         reference = _eager(network, rows, learns)
@@ -145,12 +145,12 @@ def _compared(
         own = (reference if precision == "float32" else _run(network, rows, "eager", precision, learns)).distances(
             exact
         )
-        rounding = Distances(max(rounding.states, own.states), max(rounding.gradients, own.gradients))
+        rounding = ProbeDistances(max(rounding.states, own.states), max(rounding.gradients, own.gradients))
         found.append((name, _run(network, rows, kernel, precision, learns), reference))
     references = {name: reference for name, _, reference in found}
     dropped = [run.distances(references[name]) for name, _, run in faults]
     dropped = [one for one in dropped if one.states > 0]  # a model with no local layer does not miss its window
-    limit = Distances(
+    limit = ProbeDistances(
         math.sqrt(rounding.states * min(one.states for one in dropped)),
         math.sqrt(rounding.gradients * min(one.gradients for one in dropped)),
     )
@@ -167,7 +167,7 @@ def _compared(
     return KernelCheck(kernel, precision, worst[0], off, limit, learns, nearest if wrong else "")
 
 
-def _excess(off: Distances, limit: Distances) -> float:
+def _excess(off: ProbeDistances, limit: ProbeDistances) -> float:
     found = max(off.states / limit.states, off.gradients / limit.gradients if limit.gradients else 0.0)
     return found if math.isfinite(found) else math.inf
 
@@ -176,7 +176,7 @@ def _distance(found: Tensor, reference: Tensor) -> float:
     return float((found - reference).square().mean().sqrt() / reference.square().mean().sqrt())
 
 
-def _eager(network: PreTrainedModel, rows: ProbeRows, learns: bool) -> Measured:
+def _eager(network: PreTrainedModel, rows: ProbeRows, learns: bool) -> ProbeOutcome:
     """Eager attention in the dtype of the weights: the truth. Packed rows are read one by one."""
     if not rows.alone:
         return _run(network, rows, "eager", "float32", learns)
@@ -184,7 +184,7 @@ def _eager(network: PreTrainedModel, rows: ProbeRows, learns: bool) -> Measured:
     starts = [0, rows.alone[0].shape[1]]
     parts = [_run(network, one, "eager", "float32", learns, start) for one, start in zip(ones, starts, strict=True)]
     names = parts[0].gradients
-    return Measured(
+    return ProbeOutcome(
         torch.cat([part.states for part in parts]),
         {name: sum((part.gradients[name] for part in parts), torch.zeros(())) for name in names},
     )
@@ -192,7 +192,7 @@ def _eager(network: PreTrainedModel, rows: ProbeRows, learns: bool) -> Measured:
 
 def _run(
     network: PreTrainedModel, rows: ProbeRows, kernel: str, precision: Precision, learns: bool, start: int = 0
-) -> Measured:
+) -> ProbeOutcome:
     """Read rows with a kernel; `start`: the number of the first token, which chooses the directions of the gradient."""
     device = network.device
     before = network.config._attn_implementation
@@ -215,7 +215,7 @@ def _run(
         for name, parameter in network.named_parameters()
         if learns and name.endswith(PROJECTIONS)
     }
-    return Measured(states.detach().double().cpu()[rows.present], gradients)
+    return ProbeOutcome(states.detach().double().cpu()[rows.present], gradients)
 
 
 def _directions(states: Tensor, rows: ProbeRows, start: int) -> Tensor:
@@ -226,7 +226,7 @@ def _directions(states: Tensor, rows: ProbeRows, start: int) -> Tensor:
     return found.to(states.device, states.dtype)
 
 
-def _faulty(network: PreTrainedModel, rows: ProbeRows, learns: bool) -> Iterator[tuple[str, Measured]]:
+def _faulty(network: PreTrainedModel, rows: ProbeRows, learns: bool) -> Iterator[tuple[str, ProbeOutcome]]:
     """Eager attention without each part that a kernel may drop, on a form of rows, where the part matters there."""
     layers = [module for module in network.modules() if hasattr(module, "scaling") and hasattr(module, "q_proj")]
     capped = [layer for layer in layers if getattr(layer, "attn_logit_softcapping", None) is not None]

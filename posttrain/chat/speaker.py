@@ -23,6 +23,7 @@ from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.precision import frozen_dtype
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams, draw, random_numbers
+from gemma2.posttrain.schemas.fields import Attention
 
 __all__ = ["Speaker", "Spoken"]
 
@@ -59,9 +60,11 @@ class Speaker:
         self.decoder = StepDecoder(model, self.context) if StepDecoder.fits(model) else None
 
     @classmethod
-    def load(cls, path: Path, name: str, dtype: torch.dtype | None = None) -> Speaker:
-        """Load a model directory; by default in bf16 on an accelerator, in fp32 on a CPU."""
-        model, tokenizer = load_policy(path, dtype=frozen_dtype("auto") if dtype is None else dtype)
+    def load(cls, path: Path, name: str, dtype: torch.dtype | None = None, attention: Attention = "eager") -> Speaker:
+        """Load a model directory; by default in bf16 on an accelerator, in fp32 on a CPU. attention: eager or sdpa."""
+        model, tokenizer = load_policy(
+            path, dtype=frozen_dtype("auto") if dtype is None else dtype, attention=attention
+        )
         return cls(model, tokenizer, name)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from rl_job import write_job
 
+from gemma2.core.outputs.manifest import read_manifest
 from gemma2.posttrain.tiny.networks import save_random
 
 pytestmark = pytest.mark.long
@@ -69,7 +71,7 @@ COMMANDS = {
     "pareto, watched": "pareto --sft policy --policies watched --prompts prompts.jsonl --limit 4 --temperature 1 "
     "--reward-fn watching:judge --max-new-tokens 8 --out watched-front",
     "chat": "chat policy -p hello --seed 0",
-    "doctor": "doctor --deep policy --only loss",  # `attention` would compile its back ends for the device
+    "doctor": "doctor --deep policy --only loss,attention",
 }
 
 
@@ -118,6 +120,15 @@ def test_one_of_two_devices_is_used_and_said(found):
     assert "GPUs are visible" not in found["eval"]["said"]
 
 
+def test_longer_answers_wait_for_the_device_every_eighth_token(world):
+    """64 more tokens: eight looks more, each of which reads the rows and what has ended."""
+    line = "generate --teacher b --prompts prompts.jsonl --keep-truncated --out {} --max-new-tokens {}"
+    found = run(world, {"short": line.format("short", 8), "long": line.format("long", 72)})
+    assert [one["code"] for one in found.values()] == [0, 0], found
+    assert found["long"]["operations"] > 2 * found["short"]["operations"]
+    assert 0 < found["long"]["waits"] - found["short"]["waits"] <= 8 * 2 + 4  # and rows that leave the batch
+
+
 def test_users_code_runs_outside_autocast_and_the_reference_is_off_the_device_while_training(world, found):
     assert found["rlhf, watched"]["code"] == 0
     calls = [json.loads(line) for line in (world / "seen.jsonl").read_text().splitlines()]
@@ -149,3 +160,49 @@ def test_a_tensor_that_was_left_on_the_host_is_noticed(world):
     planted = run(world, {"planted": line}, GEMMA2_PLANTED="1")["planted"]
     assert planted["code"] == -1
     assert "Expected all tensors to be on the same device" in planted["said"]
+
+
+# --- attention kernels ------------------------------------------------------------------------------------------------
+
+KERNELS = ("sft", "reward", "reward score", "distill", "rlhf", "pareto")
+
+
+def kernels_of(out):
+    """What a manifest says about attention: the kernels of its models, and their checks."""
+    models = (read_manifest(out) or {})["attention"]["models"].values()
+    return {record["kernel"] for record in models}, [check for record in models for check in record["checks"]]
+
+
+def moved(name, folder, more=""):
+    """A command line of above whose output is elsewhere."""
+    return re.sub(r"--out \S+", f"--out {folder}/{name.replace(' ', '-')}", COMMANDS[name]) + more
+
+
+@pytest.fixture(scope="module")
+def with_flex(world):
+    return run(world, {name: moved(name, "flex") for name in KERNELS}, GEMMA2_KERNEL="flex")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_command_takes_flex_attention_where_it_is_right(name, world, with_flex):
+    assert with_flex[name]["code"] == 0, with_flex[name]["said"]
+    kernels, checks = kernels_of(world / "flex" / name.replace(" ", "-"))
+    assert kernels == {"flex_attention"}
+    assert all(check["states"] <= check["limit"] for check in checks)
+
+
+def test_the_check_is_said_once_in_a_process(with_flex):
+    """The commands share a process here: what was decided for an architecture stays."""
+    assert "attention: flex_attention, off eager attention by" in with_flex["sft"]["said"]
+
+
+def test_a_kernel_that_lost_the_soft_cap_is_not_taken_and_not_run(world):
+    lines = {"auto": moved("sft", "uncapped"), "asked": moved("sft", "asked", " --attention flex_attention")}
+    done = run(world, lines, GEMMA2_KERNEL="uncapped")
+    said = {name: " ".join(one["said"].split()) for name, one in done.items()}
+    assert (done["auto"]["code"], done["asked"]["code"]) == (0, 2), said
+    assert "attention: eager; flex_attention is off eager attention" in said["auto"]
+    assert kernels_of(world / "uncapped" / "sft")[0] == {"eager"}
+    assert "computes other attention than this model's" in said["asked"]
+    assert "without the soft cap; use --attention eager" in said["asked"]
+    assert not (world / "asked" / "sft").exists()

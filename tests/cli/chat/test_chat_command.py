@@ -146,6 +146,7 @@ def test_wrong_inputs_are_refused_before_anything_is_loaded(tmp_path):
         ((tmp_path / "reward", "-p", "hi"), "is a reward model"),
         ((tmp_path / "reward", "-p", " "), "there is no question"),
         ((tmp_path / "reward", "-p", "hi", "--dtype", "int8"), "--dtype int8 is unknown"),
+        ((tmp_path / "reward", "-p", "hi", "--attention", "flex_attention"), "flex_attention does not draw answers"),
     ]:
         code, out, err = gemma2("chat", *words)
         assert code in (1, 2) and out == "" and message in err and err.count("\n") == 1, err

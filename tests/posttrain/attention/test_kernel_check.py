@@ -10,7 +10,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, flex_attention_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from gemma2.posttrain.attention.kernel_check import Distances, KernelCheck, check_kernel
+from gemma2.posttrain.attention.kernel_check import KernelCheck, ProbeDistances, check_kernel
 from gemma2.posttrain.attention.probe_network import (
     LENGTH,
     WINDOW,
@@ -161,11 +161,11 @@ def test_the_cap_matters_on_the_probe_and_not_on_an_unscaled_one():
 
 
 def test_the_limit_is_between_rounding_and_the_smallest_fault():
-    limit = Distances(0.1, 0.2)
-    assert KernelCheck("k", "autocast", "packed", Distances(0.1, 0.2), limit, True).right
-    assert not KernelCheck("k", "autocast", "packed", Distances(0.1001, 0.0), limit, True).right
-    assert not KernelCheck("k", "autocast", "packed", Distances(0.0, 0.3), limit, True).right
-    assert not KernelCheck("k", "autocast", "packed", Distances(math.nan, 0.0), limit, True).right
+    limit = ProbeDistances(0.1, 0.2)
+    assert KernelCheck("k", "autocast", "packed", ProbeDistances(0.1, 0.2), limit, True).right
+    assert not KernelCheck("k", "autocast", "packed", ProbeDistances(0.1001, 0.0), limit, True).right
+    assert not KernelCheck("k", "autocast", "packed", ProbeDistances(0.0, 0.3), limit, True).right
+    assert not KernelCheck("k", "autocast", "packed", ProbeDistances(math.nan, 0.0), limit, True).right
 
 
 def test_rows_have_padding_on_both_sides_and_packed_rows_restart():

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.attention import choice
 from gemma2.posttrain.attention.choice import chosen_kernel, drawing_kernel, settle_attention
-from gemma2.posttrain.attention.kernel_check import Distances, KernelCheck
+from gemma2.posttrain.attention.kernel_check import KernelCheck, ProbeDistances
 from gemma2.posttrain.attention.kernels import installed_kernels, refuse_kernel
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.scorer import masked_states, token_logps
@@ -19,7 +19,7 @@ from gemma2.posttrain.tiny.networks import save_random, tiny_tokenizer
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CAPPED = {"model_type": "gemma2", "attn_logit_softcapping": 50.0}
 PLAIN = {"model_type": "llama"}
-LIMIT = Distances(0.1, 0.3)
+LIMIT = ProbeDistances(0.1, 0.3)
 
 
 class Heard:
@@ -49,7 +49,7 @@ def model(tmp_path):
 def checks(monkeypatch):
     """Stands in for the comparison: its outcome is set, and every call is kept."""
     seen = []
-    seen_off = [Distances(0.01, 0.02)]
+    seen_off = [ProbeDistances(0.01, 0.02)]
 
     def compared(settings, kernel, precision, device, *, learns, packed=False):
         seen.append((kernel, precision, learns, packed))
@@ -88,7 +88,7 @@ def test_models_that_are_read_are_compared_in_their_precision_and_without_gradie
 
 
 def test_auto_falls_back_to_eager_with_the_figures(model, checks):
-    checks.off[0] = Distances(0.24, 3.0)
+    checks.off[0] = ProbeDistances(0.24, 3.0)
     heard = Heard()
     found = settle_attention("auto", [model], heard, device=CUDA)
     (line,) = heard.warnings
@@ -170,7 +170,7 @@ def test_flash_attention_is_compared_under_autocast_alone(model, checks, monkeyp
 
 
 def test_a_kernel_that_was_asked_for_and_is_wrong_ends_the_command(model, checks):
-    checks.off[0] = Distances(0.24, 3.0)
+    checks.off[0] = ProbeDistances(0.24, 3.0)
     with pytest.raises(UsageError, match=r"computes other attention .*: without the soft cap; use --attention eager"):
         settle_attention("flex_attention", [model], device=CUDA)
     assert chosen_kernel("eager", model, torch.float32, CUDA) == "eager"  # its advice

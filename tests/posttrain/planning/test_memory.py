@@ -169,6 +169,30 @@ def test_eager_attention_keeps_all_scores_and_blocks_about_half():
     assert NetworkInUse(shape, "blockwise").scores(far, True) < NetworkInUse(shape, "blockwise").scores(far, False)
 
 
+@pytest.mark.parametrize(
+    ("schema", "given", "phase"),
+    [
+        (SftConfig, {"model": MODEL, "data": ROWS}, "train"),
+        (RewardConfig, {"model": MODEL, "data": ROWS}, "train"),
+        (DistillConfig, {"model": MODEL, "teacher": "9b", "prompts": ROWS, "max_new_tokens": 1024}, "train"),
+        (RlhfConfig, {"policy": MODEL, "prompts": ROWS, "reward": MODEL, "max_new_tokens": 1024}, "score"),
+        (RewardScoreConfig, {"model": MODEL, "data": ROWS}, "score"),
+        (DistillCacheConfig, {"teacher": MODEL, "data": ROWS}, "score"),
+        (EvalConfig, {"model": "9b", "sft": MODEL, "prompts": ROWS, "max_new_tokens": 1024, "reward": MODEL}, "score"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
+)
+def test_on_an_accelerator_eager_attention_holds_scores_and_the_others_do_not(schema, given, phase):
+    kernels = ("eager", "auto", "flex_attention", "flash_attention_2")
+    held = {name: part(planned(schema(**given, attention=name), GPU), phase, "activations") for name in kernels}
+    assert held["eager"] > 1.1 * held["auto"]
+    assert held["auto"] == held["flex_attention"] == held["flash_attention_2"]
+    on_a_cpu = {
+        name: part(planned(schema(**given, attention=name)), phase, "activations") for name in ("auto", "eager")
+    }
+    assert on_a_cpu["auto"] == on_a_cpu["eager"]
+
+
 def test_checkpointing_keeps_the_edges_of_blocks():
     config = {"model": MODEL, "data": ROWS, "micro_batch_size": 4}
     kept = planned(SftConfig(**config, trainer={"activation_checkpointing": False}), GPU)
