@@ -253,3 +253,25 @@ def test_the_sampler_draws_in_eager_attention_or_sdpa():
 
 def test_records_are_json(model, checks):
     assert json.loads(json.dumps(settle_attention("auto", [model], device=CUDA, learns=True)))
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_reports_every_kernel_of_the_machine(model, checks, monkeypatch):
+    from gemma2.posttrain.doctor.checks import attention_probe
+    from gemma2.posttrain.doctor.checks.subject import Subject
+
+    monkeypatch.setattr(attention_probe, "installed_kernels", lambda device: ["flex_attention"])
+    monkeypatch.setattr(attention_probe, "check_kernel", checks)
+    for off, status, words in (
+        (ProbeDistances(0.01, 0.02), "ok", "flex_attention: off eager attention by 0.01"),
+        (ProbeDistances(0.24, 3.0), "problem", "on packed rows: without the soft cap"),
+        (RuntimeError("no\ncompiler"), "warning", "flex_attention cannot run here: no compiler"),
+    ):
+        checks.off[0] = off
+        *own, found = attention_probe.probe_attention(Subject(model))
+        assert len(own) == 2
+        assert words in found.message
+        assert (found.status, bool(found.fix)) == (status, status != "ok")
+    assert checks.seen == [("flex_attention", "autocast", True, True)] * 3
