@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.attention import choice
-from gemma2.posttrain.attention.choice import chosen_kernel, drawing_kernel, settle_attention
+from gemma2.posttrain.attention.choice import chosen_kernel, drawing_kernel, kernels_in, settle_attention
 from gemma2.posttrain.attention.kernel_check import KernelCheck, ProbeDistances
 from gemma2.posttrain.attention.kernels import installed_kernels, refuse_kernel
 from gemma2.posttrain.models.loading import load_policy
@@ -69,6 +69,7 @@ def test_auto_on_a_cpu_is_eager_and_compares_nothing(model, checks):
     heard = Heard()
     found = settle_attention("auto", [model], heard, device=CPU, learns=True)
     assert found == {"asked": "auto", "models": {str(model): {"kernel": "eager"}}}
+    assert kernels_in(found) == "eager"
     assert (checks.seen, heard.notes, heard.warnings) == ([], [], [])
 
 
