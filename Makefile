@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock quickstart test test-slow test-sharded test-browser test-ray test-peers lint type check bench bench-filters compare real science torture soak docs recipes screens ranges clean
+.PHONY: help setup setup-dev lock quickstart test test-slow test-sharded test-browser test-ray test-peers lint type check bench bench-filters gpu gpu-wheels compare real science torture soak docs recipes screens ranges clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -127,6 +127,12 @@ $(VENV)/peers/.installed: $(VENV)/.installed-dev
 
 bench-filters: $(VENV)/peers/.installed ## Precision and recall of every filter on labelled texts, next to other libraries
 	@$(BIN)/python bench/filter_quality.py --peers $(VENV)/peers/bin/python
+
+gpu: setup ## What only a GPU can show: speed, memory, decoding; ten minutes on an H100 or H200 (GPU='--size tiny' walks it)
+	@bash bench/gpu.sh --python $(BIN)/python --out build/gpu $(GPU)
+
+gpu-wheels: setup-dev ## The wheels that a GPU host without a network lacks, fetched to build/gpu-wheels and weighed
+	@$(BIN)/python bench/gpu_wheels.py
 
 compare: setup-dev ## The same numbers as commit BASE (default: HEAD~1): two to five minutes on two cores
 	@$(BIN)/python bench/compare.py $(BASE) . --assert-equal

@@ -51,6 +51,7 @@ from gemma2.posttrain.rl.rollout import Rollout
 from gemma2.posttrain.schemas import RlhfConfig
 from gemma2.posttrain.tiny.networks import random_model, save_random, tiny_tokenizer
 from gemma2.posttrain.tiny.tasks import questions
+from gemma2.posttrain.training.first_steps import STEPS
 
 WINDOW = {"sliding_window": 64}
 TEMPERATURE, BETA, MU = 1.0, 0.1, 0.05
@@ -187,7 +188,7 @@ def ending_draw(draw: Any) -> Any:
 
     def drawn(logits: torch.Tensor, uniforms: torch.Tensor, params: Any) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, logps = draw(logits, uniforms.clamp(max=0.5), params)
-        stopped = torch.isin(tokens, torch.tensor(STOPS, device=tokens.device))
+        stopped = (tokens == STOPS[0]) | (tokens == STOPS[1])  # no tensor of the host: a CUDA graph could not have it
         tokens = tokens.where(~stopped, FILLER)
         return tokens.where(uniforms < 2, END), logps
 
@@ -205,12 +206,14 @@ def ours(root: Path, rows: list[dict[str, str]], options: argparse.Namespace) ->
     score = reward_score(config, chat, count)
     rollout = FixedLengths(policy, None, chat, score, config, prompts, torch.Generator().manual_seed(0), count)
     rollout.table = lengths(options)
+    rollout.unchecked = 0  # tokens are replaced after they are drawn, which the checks of the first steps would notice
     sampler.draw = ending_draw(sampler.draw)
     guards = Guards(SILENT, None, 10**9)
     guards.observe = lambda step, metrics: None  # type: ignore[method-assign]  # random models are all cut
     trainer = AnchoredRlooTrainer(
         rollout, None, arguments(root, options, count, beta=0.0, shuffle_dataset=False), guards
     )
+    trainer.rollouts = STEPS  # no check of the loss either
     trainer.follow(EmaAnchor(policy), MU)
     trainer.phases = watched(rollout, draw="draw", reward="scores", scoring="log_ratios") | watched(
         trainer, forward="_compute_loss"

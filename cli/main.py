@@ -199,9 +199,9 @@ def main() -> None:
     try:
         _environment()
         code = run(sys.argv[1:])
+        signals.end()
         if code == 0:
             leave_job()
-        signals.end()
         if code and signals.caught is not None:  # a library made an expected failure out of the interrupt
             code = _interrupted(signals.caught)
     except BaseException:

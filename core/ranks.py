@@ -16,6 +16,7 @@ rank had it, and the others end silently with its exit code.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -90,10 +91,20 @@ def leave_word(word: LastWord) -> None:
 
 
 def leave_job() -> None:
-    """Part from the other processes at the end of a command that succeeded; they warn of those that just go."""
+    """End this process, if it is one of several that have met, at the end of a command that succeeded.
+
+    What Python runs at its end is run. The interpreter is not taken down: a thread of gloo that notices meanwhile that
+    another process is gone may abort this one, whose work is done. NCCL warns of processes that do not part from it.
+    """
     torch = sys.modules.get("torch")
-    if announced() > 1 and torch is not None and torch.distributed.is_initialized():
+    if announced() == 1 or torch is None or not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_backend() == "nccl":
         torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def last_words(folder: Path) -> dict[int, LastWord]:

@@ -4,6 +4,7 @@ docs/commands.md      the --help pages
 docs/merging.md       the methods, from their table
 docs/plan.svg         a plan as a terminal shows it
 docs/your-gemma2.md   the memory of each step on a GPU, as gemma2 plan computes it
+docs/scale.md         the memory of each training command on one, eight and sixteen GPUs
 docs/recipes.md       the recipe of each command, size and machine, with its memory, from the planner
 """
 
@@ -13,10 +14,12 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+from scale_table import scale
 from screens import own_fonts
 from typer.core import TyperGroup
 
@@ -38,8 +41,14 @@ MEMORY, END_OF_MEMORY = (
     "<!-- memory: written by make docs from posttrain/planning/memory.py -->",
     "<!-- end of memory -->",
 )
+QUANTISED, END_OF_QUANTISED = (
+    "<!-- few bits: written by make docs from posttrain/planning/memory.py -->",
+    "<!-- end of few bits -->",
+)
 RECIPES = Path(__file__).with_name("recipes.md")
 PLANS, END_OF_PLANS = "<!-- recipes: written by make docs from the planner -->", "<!-- end of recipes -->"
+SCALE = Path(__file__).with_name("scale.md")
+SCALES, END_OF_SCALES = "<!-- scale: written by make docs from the planner -->", "<!-- end of scale -->"
 PARAMETERS = 2_614_341_888  # of Gemma 2 2B
 CARDS = {"24 GB": 24, "48 GB": 48, "80 GB": 80, "141 GB": 141}
 LENGTHS = Lengths(row=1024, prompt=256)  # of the longest rows
@@ -190,9 +199,47 @@ def size_of(path: Path) -> ModelShape:
     return SIZES["2b"]
 
 
+def quantised() -> str:
+    """A table: memory of trainings of adapters on a base in bf16, 8 and 4 bits."""
+    rows = ["| | bf16 | 8 bits | 4 bits |", "| --- | --- | --- | --- |"]
+    adapter: dict[str, object] = {"lora_rank": 16, "micro_batch_size": 1, "max_length": 2048}
+    rl: dict[str, object] = {
+        "lora_rank": 16,
+        "lora_anchor": "factors",
+        "prompts": "rows",
+        "n": 4,
+        "micro_batch_size": 4,
+    }
+    for size in ("2b", "9b"):
+        kinds: dict[str, tuple[type[SftConfig | RewardConfig | RlhfConfig], dict[str, object]]] = {
+            "sft": (SftConfig, {"model": size, "data": "rows", **adapter}),
+            "reward": (RewardConfig, {"model": size, "data": "rows", **adapter}),
+            "rlhf, reward model 2B": (RlhfConfig, {"policy": size, "reward": ["2b reward model"], **rl}),
+            "rlhf, reward function": (RlhfConfig, {"policy": size, "reward_fn": ["rewards:score"], **rl}),
+        }
+        for name, (schema, settings) in kinds.items():
+            cells_of_row = []
+            for bits in (None, 8, 4):
+                config = schema.model_validate({**settings, "base_bits": bits})
+                plan = memory_of(config, named_size, MemoryPlace("accelerator"))
+                assert plan is not None, name
+                cells_of_row.append(f"{plan.peak.bytes / 1e9:.1f}")
+            command, _, more = name.partition(",")
+            rows.append(f"| {command} {size.upper()}{',' if more else ''}{more} | {' | '.join(cells_of_row)} |")
+    return "\n".join(rows)
+
+
+def named_size(path: Path) -> ModelShape:
+    """The shape of a model that is named by its size, and of a reward model of that size."""
+    size, _, kind = str(path).partition(" ")
+    return replace(SIZES[size], outputs=1 if kind else 0)
+
+
 def your_page() -> str:
-    """docs/your-gemma2.md with its table of memory between the marks."""
-    return between(YOURS, MEMORY, END_OF_MEMORY, memory())
+    """docs/your-gemma2.md with its tables of memory between the marks."""
+    text = between(YOURS, MEMORY, END_OF_MEMORY, memory())
+    begin, end = text.index(QUANTISED) + len(QUANTISED), text.index(END_OF_QUANTISED)
+    return f"{text[:begin]}\n\n{quantised()}\n\n{text[end:]}"
 
 
 def plans() -> str:
@@ -216,6 +263,11 @@ def plans() -> str:
 def recipes_page() -> str:
     """docs/recipes.md with its table between the marks."""
     return between(RECIPES, PLANS, END_OF_PLANS, plans())
+
+
+def scale_page() -> str:
+    """docs/scale.md with its table between the marks."""
+    return between(SCALE, SCALES, END_OF_SCALES, scale())
 
 
 class Terminal(io.StringIO):
@@ -248,3 +300,4 @@ if __name__ == "__main__":
     MERGING.write_text(merging_page(), encoding="utf-8")
     YOURS.write_text(your_page(), encoding="utf-8")
     RECIPES.write_text(recipes_page(), encoding="utf-8")
+    SCALE.write_text(scale_page(), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Trainings on several processes: `python sharded_job.py ROOT`, started by torchrun, runs what ROOT/jobs.json lists.
 
-A job is {name, command, config, resume, stop}: its output is ROOT/name; `stop`: the steps after which every process ends
-as if it had been killed. {name, tear} cuts a file in the middle, {name, probe} runs a function of shard_probes.py. What
-each job came to is in ROOT/outcomes-RANK.json.
+A job is {name, command, config, resume, stop, poison}: its output is ROOT/name. stop: the steps after which all end as
+if they had been killed; poison: those after which a weight of one becomes NaN. {name, tear} cuts a file in the middle,
+{name, probe} runs a function of shard_probes.py. How each job ended is in ROOT/outcomes-RANK.json.
 """
 
 import json

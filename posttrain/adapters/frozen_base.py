@@ -1,7 +1,7 @@
 """The model that a command trains, as it is loaded: in fp32, or as the frozen base of an adapter.
 
 all weights are trained     fp32
-LoRA                        the base is not trained: as `models/precision.py` says, bf16 on an accelerator
+LoRA                        the base is not trained: as `models/precision.py` says on an accelerator, fp32 on a CPU
 LoRA with --base-bits       its linear layers in 4 or 8 bits; embeddings, norms and heads as above. The model is
                             compared with its directory before it is quantised, and what quantising changes is measured
 
@@ -34,8 +34,13 @@ N = TypeVar("N", bound=Network)
 
 
 def base_dtype(config: LoraFields) -> torch.dtype:
-    """The dtype of a model that is going to be trained: fp32, or that of a frozen base."""
-    return frozen_dtype(getattr(config, "dtype", "auto")) if config.lora_rank else torch.float32
+    """The dtype of a model that is going to be trained: fp32, or that of a frozen base.
+
+    A CPU trains without autocast, so there a base is as wide as its adapter.
+    """
+    if config.lora_rank == 0 or default_device().type == "cpu":
+        return torch.float32
+    return frozen_dtype(getattr(config, "dtype", "auto"))
 
 
 def check_base(config: LoraFields) -> None:

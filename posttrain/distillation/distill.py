@@ -37,7 +37,7 @@ from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open
 from gemma2.posttrain.schemas.distill import DistillConfig
 from gemma2.posttrain.sharding.lockstep import in_step
 from gemma2.posttrain.sharding.placement import WHOLE, Placement, placed
-from gemma2.posttrain.sharding.results import save_result
+from gemma2.posttrain.sharding.trained_outputs import save_result
 from gemma2.posttrain.sharding.units import is_sharded, whole_head
 from gemma2.posttrain.training.heldout import heldout_loss
 from gemma2.posttrain.training.sharded_trainer import hand_over
@@ -91,6 +91,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         evaluation = StudentEvaluation(run, config, setup, trainer)
         trainer.add_callback(callback)
         trainer.add_callback(evaluation)
+        run.memory.holds = {"teacher": lambda: setup.loss}
         train(trainer, run, callback, lambda: trainer.teaches)
         figures = callback.summary(trainer.model)
         plain_model(trainer.model).generation_config.eos_token_id = setup.material.chat.stop_ids

@@ -177,10 +177,8 @@ def outcome(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> int:
     for rank, word in sorted(words.items()):
         raise _again(rank, word)
     one = min(ended.values(), key=lambda one: one.code < 0)
-    tail = " ".join(one.stderr.split())[-200:]
     raise ProcessEnd(
-        f"rank {one.rank} (process {one.pid}) ended with exit code {one.code} and left no word"
-        + (f"; it wrote: {tail}" if tail else ""),
+        f"rank {one.rank} (process {one.pid}) ended with exit code {one.code} and left no word{_wrote(one)}",
         GO_ON,
         abs(one.code) if one.code > 0 else 128 - one.code,
     )
@@ -189,7 +187,14 @@ def outcome(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> int:
 def _killed(one: Ended) -> ProcessEnd:
     name = signal.Signals(-one.code).name
     why = ", which a system without free memory sends" if name == "SIGKILL" else ""
-    return ProcessEnd(f"rank {one.rank} (process {one.pid}) was ended by {name}{why}", GO_ON, 128 - one.code)
+    said = _wrote(one) if name != "SIGKILL" else ""
+    return ProcessEnd(f"rank {one.rank} (process {one.pid}) was ended by {name}{why}{said}", GO_ON, 128 - one.code)
+
+
+def _wrote(one: Ended) -> str:
+    """The end of what a process has written to stderr, as an addition to a line."""
+    tail = " ".join(one.stderr.split())[-300:]
+    return f"; it wrote: {tail}" if tail else ""
 
 
 def _again(rank: int, word: LastWord) -> Gemma2Error:

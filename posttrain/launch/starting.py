@@ -18,6 +18,7 @@ from contextlib import suppress
 
 from gemma2.core.errors import Gemma2Error, UsageError
 from gemma2.core.progress import Progress
+from gemma2.core.ranks import announced
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.runs.machine import CHOICE, Gpu, visible_devices
 from gemma2.posttrain.schemas import GenerateConfig, LaunchFields, StrategyFields, WarpConfig
@@ -65,6 +66,7 @@ def started(config: Config, words: Sequence[str], progress: Progress) -> int | N
         return None  # the stages of WARP start their processes themselves
     if "RANK" in os.environ:
         check_world(config)
+        check_shares(config, announced())
         return None
     if (config.gpus or 1) * config.nodes > 1:
         _check_engine(config)

@@ -11,6 +11,7 @@ Source of the architectures: Gemma 2 report (2408.00118), section 2; Llama, Mist
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from .attention import layer_masks
-from .decoder_blocks import ACTIVATIONS, Layer, Norm
+from .decoder_blocks import ACTIVATIONS, KvStore, Layer, Norm
 from .head import HALF, states_of_head, wide_linear
 from .lora import adapters_are_products, plain_class
 from .protocols import CausalLM
@@ -110,11 +111,18 @@ class StepDecoder:
         tokens: (B,); positions: (B,), counted without padding; mask: (B, 1, 1, K) additive, K includes the new column.
         """
         masks = layer_masks(self.config, mask)
-        with torch.autocast(mask.device.type, enabled=False):  # the weights have the precision that it asks for
+        by_layer = [masks[kind] for kind in self.kinds] if isinstance(masks, dict) else [masks] * len(self.layers)
+        return self.step_through(cache.layers, tokens, positions, by_layer)
+
+    def step_through(
+        self, layers: Sequence[KvStore], tokens: Tensor, positions: Tensor, masks: Sequence[Tensor]
+    ) -> Tensor:
+        """As `step`, with the keys and values and the mask (B, 1, 1, K) of each layer. Never waits for the device."""
+        with torch.autocast(tokens.device.type, enabled=False):  # the weights have the precision that it asks for
             cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, head_dim)
             hidden = self.model.model.embed_tokens(tokens)  # (B, d)
-            for layer, kind, kv in zip(self.layers, self.kinds, cache.layers, strict=True):
-                hidden = layer.step(hidden, cos, sin, masks[kind] if isinstance(masks, dict) else masks, kv)
+            for layer, mask, kv in zip(self.layers, masks, layers, strict=True):
+                hidden = layer.step(hidden, cos, sin, mask, kv)
             logits = _head(self.norm(hidden), self.head)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

@@ -14,20 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import KvLayer
 from .lora import bias_of, is_quantised, weight_of
 
 if TYPE_CHECKING:
     from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2RMSNorm
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-__all__ = ["ACTIVATIONS", "Layer", "Norm"]
+__all__ = ["ACTIVATIONS", "KvStore", "Layer", "Norm"]
 
 # Names of `hidden_act` and `hidden_activation` in config.json -> the function.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,6 +35,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
 }
+
+
+class KvStore(Protocol):
+    """Keys and values of one layer: `KvLayer`, which grows, or `StaticKv`, whose tensors keep their places."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, 1, head_dim) and return the keys and values that the query may see."""
+        ...
 
 
 class Norm:
@@ -53,12 +60,19 @@ class Norm:
         self.floor = weight.new_tensor(eps * size, dtype=torch.float32)
         self.root = root
         self.scale = root * (weight.float() + 1.0 if centred else weight.float())
-        self.weight = weight
+        self.weight, self.eps = weight, eps
         self.rounds_first = not centred and weight.dtype != torch.float32
+        # An accelerator has one kernel for it, where the products below are seven; on a CPU those are faster.
+        self.fused = weight.device.type != "cpu"
+        self.gain = self.scale / root
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x (..., d), normalised."""
         wide = x.float()
+        if self.fused and self.rounds_first:
+            return F.rms_norm(wide, wide.shape[-1:], None, self.eps).to(x.dtype) * self.weight
+        if self.fused:
+            return F.rms_norm(wide, wide.shape[-1:], self.gain, self.eps).to(x.dtype)
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         shrink = torch.addcmul(self.floor, length, length).rsqrt_()
         if self.rounds_first:
@@ -129,7 +143,7 @@ class Layer:
         self.groups: int = self.attention.num_key_value_groups
         self.kv_heads = self.attention.k_proj.out_features // self.attention.head_dim
 
-    def step(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: KvLayer) -> Tensor:
+    def step(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: KvStore) -> Tensor:
         """Return the block's output (B, d) and append to `kv`.
 
         hidden: (B, d); cos, sin: (B, 1, head_dim); mask: (B, 1, 1, K).
@@ -140,7 +154,7 @@ class Layer:
         down = self.down(self.activation(self.gate(inner)).mul_(self.up(inner)))
         return hidden + (down if self.after_mlp is None else self.after_mlp(down))
 
-    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: KvLayer) -> Tensor:
+    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kv: KvStore) -> Tensor:
         rows, head_dim, kv_heads = x.shape[0], self.attention.head_dim, self.kv_heads
         heads = self.qkv(x).view(rows, -1, head_dim)  # (B, heads + 2 kv_heads, head_dim)
         rotating = heads[:, :-kv_heads]

@@ -3,9 +3,10 @@
     y_t ~ pi(. | x, y_<t),   pi = softmax(logits / temperature)          (WARP 2406.16768, Algorithm 1, line 5)
 
 Every prompt is prefilled once; its keys and values are then repeated for the n samples of its group, and rows leave
-the batch and the cache as soon as they end. Drawing inverts the distribution function on float64 uniforms that are all
-taken from the generator beforehand, one per token slot, so the draws of a row depend on neither the batch size nor
-the other rows. Gemma 2 and the Llama family decode through `decoder.py`, other architectures through transformers.
+the batch and the cache as soon as they end; on an accelerator when half of them has ended (`replayed/static_rows.py`).
+Drawing inverts the distribution function on float64 uniforms that are all taken from the generator beforehand, one per
+token slot, so the draws of a row depend on neither the batch size nor the other rows. Gemma 2 and the Llama family
+decode through `decoder.py`, other architectures through transformers.
 
 Log-probs belong to the sampled distribution, softmax(logits / temperature) over the full vocabulary. That is the policy
 of the RL objective, so they serve as its log pi without a second forward pass. Under top-k, top-p or min-p they still
@@ -33,6 +34,8 @@ from .attention import additive, empty_cache, layer_masks, padded_masks, taking_
 from .decoder import DecodingWeights, StepDecoder, precision
 from .head import last_logits
 from .protocols import CausalLM, Network
+from .replayed.captured_step import capture_on
+from .replayed.static_rows import Opening, decode_static
 
 __all__ = ["Completions", "SamplingParams", "decode", "evaluating", "length_batches", "random_numbers", "sample"]
 
@@ -162,6 +165,11 @@ def _decode(
     model, device = batch.model, uniforms.device
     stops = torch.zeros(int(model.config.vocab_size), dtype=torch.bool, device=device)
     stops[torch.tensor([i for i in stop_ids if i < len(stops)], dtype=torch.long, device=device)] = True
+    if batch.decoder is not None and fixed_shapes(device):
+        step, capture = batch.decoder.step_through, capture_on(device)
+        return decode_static(
+            batch.opening(uniforms, stops), step, lambda logits, u: draw(logits, u, params), capture, pad_id, ends
+        )
     tokens = torch.full(uniforms.shape, pad_id, dtype=torch.long, device=device)  # (rows, max_new)
     logps = torch.zeros(uniforms.shape, dtype=torch.float32, device=device)
     lengths = torch.full((len(uniforms),), params.max_new_tokens, device=device)
@@ -189,6 +197,11 @@ def _decode(
             tokens.tolist(), logps.tolist(), lengths.tolist(), ended.tolist(), strict=True
         )
     ]
+
+
+def fixed_shapes(device: torch.device) -> bool:
+    """Whether decoding keeps its shapes for many tokens (`replayed/`). A CPU drops rows at once: it never waits."""
+    return device.type != "cpu"
 
 
 def draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -275,8 +288,9 @@ def _most_probable(probs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return (probabilities, tokens) in falling order, enough of them for the mass `target` (B, 1) in every row.
 
     Sorting a whole vocabulary costs more than a step of a small model, and the first `RANKED` nearly always suffice.
+    With fixed shapes all are sorted: to see whether the first suffice would wait for the device.
     """
-    size = min(RANKED, probs.shape[1])
+    size = probs.shape[1] if fixed_shapes(probs.device) else min(RANKED, probs.shape[1])
     ranked, order = probs.topk(size)
     if size < probs.shape[1] and bool((ranked.sum(-1, keepdim=True) < target).any()):
         ranked, order = probs.sort(descending=True)
@@ -323,6 +337,17 @@ class _Batch:
             masks = layer_masks(self.model.config, mask)
             self.logits = last_logits(self.model, self.cache, tokens[:, None], self.position[:, None], masks)
         self.position = self.position + 1
+
+    def opening(self, uniforms: Tensor, stops: Tensor) -> Opening:
+        """Hand the prefill over to the decoder with fixed shapes; this object is not used further."""
+
+        def emptied() -> Iterator[tuple[int | None, Tensor, Tensor]]:
+            while layers:  # one layer at a time is there twice
+                layer = layers.pop(0)
+                yield layer.window, layer.keys, layer.values
+
+        layers = self.cache.layers
+        return Opening(self.logits, self.position, self.mask, uniforms, stops, self.length, emptied())
 
     def keep(self, rows: Tensor) -> None:
         """Drop every row that is not in `rows` (B',)."""

@@ -114,7 +114,7 @@ def trained(
         adapted=len(shape.adapted(config.lora_targets)) if rank else 0,
     )
     embedding = blocks(4.0 * shape.embedding)
-    item = dtype_bytes(str(getattr(config, "dtype", "auto")), place) if rank else 4.0
+    item = dtype_bytes(str(getattr(config, "dtype", "auto")), place) if rank and accelerated else 4.0
     base = shape.parameters * item if config.base_bits is None else shape.quantised_bytes(config.base_bits, item)
     return Trained(
         network,

@@ -43,7 +43,7 @@ def starting_model(
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
-    Of a model that `placement` divides, the weights of the files are read later; a head from elsewhere is there already.
+    Of a model that `placement` divides, the weights of the files are read later; a head from elsewhere is set here.
     Raises InputError for several outputs, and for a head that does not fit.
     """
     check_outputs(path, "--model")

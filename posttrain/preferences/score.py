@@ -188,7 +188,7 @@ def _ids(chunk: Sequence[RowToScore], chat: ChatFormat) -> list[list[int]]:
 
 
 def _scores(chunk: Sequence[RowToScore], ids: Sequence[list[int]], rewards: Mapping[int, float]) -> list[Scores]:
-    """The scores of each row. rewards: by the number of a conversation; of one that is too long there is none."""
+    """The scores of each row. rewards: by the number of a conversation, without those that are too long."""
     for i, reward in rewards.items():
         if not math.isfinite(reward):
             raise InputError(f"the reward model gives {reward} for a row of {len(ids[i])} tokens", "check its weights")

@@ -35,7 +35,7 @@ from gemma2.posttrain.schemas import RewardConfig
 from gemma2.posttrain.sft.sft import accumulation_steps
 from gemma2.posttrain.sharding.lockstep import pace_of
 from gemma2.posttrain.sharding.placement import placed
-from gemma2.posttrain.sharding.results import save_result
+from gemma2.posttrain.sharding.trained_outputs import save_result
 from gemma2.posttrain.sharding.units import whole_head
 from gemma2.posttrain.training.heldout import HeldOut
 from gemma2.posttrain.training.one_row import ROWS, check_bos

@@ -114,6 +114,11 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         trainer.add_callback(FirstAnchors(trainer.trained, setup.reference, trainer.anchor, setup.rollout.anchor, rate))
         evaluation = PolicyEvaluation(run, config, setup, heldout, guards, trainer, alike_of(config))
         trainer.add_callback(evaluation)
+        run.memory.holds = {
+            "anchor": lambda: trainer.anchor,
+            "reference": lambda: setup.reference,
+            "reward models": lambda: setup.rollout.score,
+        }
         with drawing(config, trainer, ranks):
             train(trainer, run, callback, lambda: trainer.has_signal)
         figures = callback.summary(trainer.model)

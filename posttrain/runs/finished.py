@@ -23,7 +23,7 @@ from gemma2.core.outputs.staging import check_output, check_partial, locked, par
 from gemma2.core.ranks import announced, join
 from gemma2.posttrain.provenance.origin import changes
 from gemma2.posttrain.provenance.output_state import broken_files
-from gemma2.posttrain.schemas import RlhfConfig
+from gemma2.posttrain.schemas import StrategyFields
 from gemma2.posttrain.schemas.config import Config
 
 from .commands import COMMANDS
@@ -43,9 +43,9 @@ def publish_finished(config: Config, options: RunOptions) -> RunResult | None:
     if type(config) in SHARED:
         with together(config) as ranks:
             return ranks.on_main(lambda: _published(config, options))
-    if not isinstance(config, RlhfConfig):  # refused by `open_run`: the processes need not meet
+    if not isinstance(config, StrategyFields):  # refused by `open_run`: the processes need not meet
         return None
-    return join("rlhf").on_main(lambda: _published(config, options))
+    return join(type(config).__name__.removesuffix("Config").lower()).on_main(lambda: _published(config, options))
 
 
 def _published(config: Config, options: RunOptions) -> RunResult | None:

@@ -49,7 +49,7 @@ from gemma2.posttrain.schemas.config import Config
 
 from .accelerator import accelerator_stack, precision_of
 from .live import clear_live
-from .memory_shortage import out_of_memory
+from .memory_shortage import MemoryRecord, out_of_memory
 from .run_options import RunOptions, RunResult
 from .together import goes_on_with_any_number
 
@@ -90,6 +90,7 @@ class Run:
         self.resumed = resumed
         self.result: RunResult | None = None
         self.phase = ""  # for an error that no step names: "step 7 of RL"
+        self.memory = MemoryRecord()  # for the error of memory that is exhausted
         self.listeners: list[Callable[[int, JsonMapping], None]] = []  # called for every line of metrics.jsonl
 
     @property
@@ -294,7 +295,7 @@ def open_run(
         try:
             yield run
         except Exception as error:
-            short = out_of_memory(error, config, run.phase or command, _worth_keeping(partial))
+            short = out_of_memory(error, config, run.phase or command, _worth_keeping(partial), run.memory)
             if short is None:
                 raise
             raise short from error

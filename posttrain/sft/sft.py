@@ -34,7 +34,7 @@ from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardConfig, SftConfig
 from gemma2.posttrain.sharding.placement import placed
-from gemma2.posttrain.sharding.results import save_result, save_trained_adapter
+from gemma2.posttrain.sharding.trained_outputs import save_result, save_trained_adapter
 from gemma2.posttrain.training.heldout import HeldOut, heldout_loss
 from gemma2.posttrain.training.one_row import check_targets
 from gemma2.posttrain.training.tracking import check_tracking
@@ -102,7 +102,7 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
 def accumulation_steps(config: SftConfig | RewardConfig, ranks: Ranks = ALONE) -> int:
     """Return the number of forward passes per optimizer step in each process.
 
-    Raises UsageError if the processes do not have equal shares of a batch, or a share is no number of passes.
+    Raises UsageError if the processes cannot have equal shares of a batch, or a share is not a multiple of a pass.
     """
     check_shares(config, ranks.size)
     rows = config.batch_size // ranks.size

@@ -202,7 +202,7 @@ def heldout_loss(model: CausalLM, examples: Sequence[Example], batch_size: int, 
 
 def _logps(model: CausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """Return log pi (N,) fp32 nats of `targets` after last hidden states (N, d)."""
-    if plain_head(model) and hidden.dtype == torch.float32:
+    if plain_head(model) and hidden.dtype == torch.float32 == model.get_output_embeddings().weight.dtype:
         return summed_cross_entropy(model, hidden, targets)[1]
     return head_logps(model, hidden, targets, temperature=1.0)[0]
 

@@ -73,7 +73,7 @@ class ShardedTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
     def inside(self, model: object, method: Callable[..., R], *arguments: object) -> R:
         """Call a method inside the forward pass of what wraps or divides `model`.
 
-        DistributedDataParallel reduces the gradients of its own forward pass alone, FSDP gathers weights for its own.
+        DistributedDataParallel reduces gradients, and FSDP gathers weights, for nothing but their own forward pass.
         """
         wrapper, inner = model, self.accelerator.unwrap_model(model)
         if self.sharded:

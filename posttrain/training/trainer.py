@@ -41,6 +41,7 @@ from .as_asked import check_recipe
 from .checkpoints import check_room, checkpoint_bytes, latest_checkpoint, mark_complete, newest_step
 from .first_steps import FirstSteps, always
 from .forward_check import check_forward
+from .memory_advice import fitting_flags, held_by
 from .movement import Movement
 from .tracking import check_tracking, tracked
 from .trainer_options import refuse_options
@@ -326,6 +327,8 @@ def train(trainer: Trainer, run: Run, callback: RunCallback, has_signal: Callabl
     run.rewind(found[1] if found else -1)
     if found:
         run.goes_on_at(found[1])
+    run.memory.holds = held_by(trainer) | run.memory.holds
+    run.memory.advice = fitting_flags
     callback.start = Movement(trainer.model, run.ranks)  # a resumed run gets the weights of its checkpoint later
     try:
         with tracked(run), warnings.catch_warnings():

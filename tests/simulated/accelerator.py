@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 DEVICES = 2  # visible, as on a machine with two GPUs
 CPU = torch.device("cpu")
-seen = SimpleNamespace(operations=0)
+seen = SimpleNamespace(operations=0, waits=0)  # waits: values that the host asked the device for
 # Copies go from one device to the other, and indices may lie on the CPU, as for CUDA.
 BETWEEN_DEVICES = {
     aten.copy_.default,
@@ -33,6 +33,8 @@ BETWEEN_DEVICES = {
     aten.index_put.default,
     aten._index_put_impl_.default,
 }
+# What makes the host wait: a value that it reads, or a shape that depends on values.
+ASKED = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
 # What autocast runs in half precision.
 NARROWED = ("mm", "bmm", "addmm", "matmul", "linear", "baddbmm", "scaled_dot_product_attention")
 kept: list[object] = []  # libraries of operators, which end with their objects
@@ -74,6 +76,7 @@ class SimulatedTensor(Tensor):
         return self.raw.data_ptr()
 
     def tolist(self) -> Any:
+        seen.waits += 1
         return self.raw.tolist()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +102,7 @@ def _simulated(value: Any) -> Any:
 def run(operation: Any, args: Any, kwargs: Any) -> Any:
     """Run one operation of the device: on the CPU, with what it may not mix refused."""
     seen.operations += 1
+    seen.waits += operation in ASKED
     tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     ours = [value for value in tensors if isinstance(value, SimulatedTensor)]
     if ours and operation not in BETWEEN_DEVICES:

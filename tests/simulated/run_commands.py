@@ -1,6 +1,8 @@
 """Run command lines of gemma2 one after the other in a process whose accelerator is simulated.
 
-    python run_commands.py < {"name": ["words", ...], ...}      prints {"name": {"code", "operations", "said"}, ...}
+    python run_commands.py < {"name": ["words", ...], ...}
+
+Prints {"name": {"code", "operations", "waits", "said"}, ...}.
 
 GEMMA2_PLANTED=1 leaves the random numbers of the sampler on the CPU: what a forgotten `.to(device)` would do.
 GEMMA2_KERNEL=flex gives the device a flex_attention, which is eager attention under that name; GEMMA2_KERNEL=uncapped
@@ -55,7 +57,7 @@ def main() -> None:
         plant_kernel(os.environ["GEMMA2_KERNEL"] == "flex")
     found = {}
     for name, words in lines.items():
-        before, said = accelerator.seen.operations, io.StringIO()
+        before, waits, said = accelerator.seen.operations, accelerator.seen.waits, io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
             try:
                 code = run(words)
@@ -63,7 +65,8 @@ def main() -> None:
                 traceback.print_exc()
                 code = -1
         operations = accelerator.seen.operations - before
-        found[name] = {"code": code, "operations": operations, "said": said.getvalue()[-3000:]}
+        waited = accelerator.seen.waits - waits
+        found[name] = {"code": code, "operations": operations, "waits": waited, "said": said.getvalue()[-3000:]}
     sys.stdout.write(json.dumps(found))
 
 

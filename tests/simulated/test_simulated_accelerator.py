@@ -120,6 +120,15 @@ def test_one_of_two_devices_is_used_and_said(found):
     assert "GPUs are visible" not in found["eval"]["said"]
 
 
+def test_longer_answers_wait_for_the_device_every_eighth_token(world):
+    """64 more tokens: eight looks more, each of which reads the rows and what has ended."""
+    line = "generate --teacher b --prompts prompts.jsonl --keep-truncated --out {} --max-new-tokens {}"
+    found = run(world, {"short": line.format("short", 8), "long": line.format("long", 72)})
+    assert [one["code"] for one in found.values()] == [0, 0], found
+    assert found["long"]["operations"] > 2 * found["short"]["operations"]
+    assert 0 < found["long"]["waits"] - found["short"]["waits"] <= 8 * 2 + 4  # and rows that leave the batch
+
+
 def test_users_code_runs_outside_autocast_and_the_reference_is_off_the_device_while_training(world, found):
     assert found["rlhf, watched"]["code"] == 0
     calls = [json.loads(line) for line in (world / "seen.jsonl").read_text().splitlines()]

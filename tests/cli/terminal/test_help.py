@@ -137,4 +137,5 @@ def test_the_page_of_all_commands_is_up_to_date(monkeypatch):
     assert generate.PICTURE.read_text(encoding="utf-8") == generate.picture(), "run `make docs`"
     assert generate.YOURS.read_text(encoding="utf-8") == generate.your_page(), "run `make docs`"
     assert generate.RECIPES.read_text(encoding="utf-8") == generate.recipes_page(), "run `make docs`"
+    assert generate.SCALE.read_text(encoding="utf-8") == generate.scale_page(), "run `make docs`"
     assert all(f"\n## gemma2 {name}\n" in written for name in ALL)

@@ -23,6 +23,7 @@ from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.quantisation.convert import quantise, quantised_layers
 from gemma2.posttrain.quantisation.quantised_linear import QuantisedLinear, dequantised
 from gemma2.posttrain.rl.ema import FactorAnchor, LoraAnchor
+from gemma2.posttrain.rl.vllm import PlainWeights
 from gemma2.posttrain.schemas import LoraFields
 from gemma2.posttrain.tiny.networks import save_random
 
@@ -203,6 +204,22 @@ def test_the_anchors_products_are_averages_less_the_quantised_base(loaded, direc
         assert found.keys() == start.keys()
         for name in found:  # A is the same on both sides, so the average of the factors is that of the products
             assert (found[name]() - (0.75 * start[name] + 0.25 * end[name])).abs().max() < 1e-6
+
+
+def test_vllm_is_given_plain_weights_of_quantised_layers(loaded):
+    """Those with an adapter and those without, under the names of the plain model."""
+    model, *_ = loaded
+    policy = adapted(model, targets=["q_proj"]).get_base_model()
+    sender = PlainWeights.__new__(PlainWeights)
+    sender.model = policy
+    sent = dict(sender._iter_named_params())
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        layer = policy.get_submodule(name.removesuffix(".weight"))
+        expected = dequantised(layer.get_base_layer() if "q_proj" in name else layer)
+        if "q_proj" in name:
+            expected = expected + layer.get_delta_weight("default")
+        assert (sent[name] - expected).abs().max() < 1e-7
+    assert all(value.is_floating_point() and "lora" not in name for name, value in sent.items())
 
 
 def test_shards_hold_every_tensor_once(loaded, directory, tmp_path, monkeypatch):

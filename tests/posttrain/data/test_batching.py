@@ -48,3 +48,14 @@ def test_the_order_follows_from_seed_and_epoch():
 
 def test_fewer_rows_than_a_batch_are_one_batch():
     assert sorted(length_grouped_order([3, 1], 8, torch.Generator())) == [0, 1]
+
+
+def test_several_processes_share_the_batches_of_one_and_fillers_complete_the_last():
+    """With 3 rows on each of 2 processes per pass: the same rows per batch of 12, then the filler, row 1003."""
+    alone = LengthSampler(LENGTHS, 12, seed=3)
+    shared = LengthSampler([*LENGTHS, 7], 12, seed=3, together=6)
+    rows, padded = list(alone), list(shared)
+    assert padded[: len(rows)] == rows
+    assert set(padded[len(rows) :]) == {len(LENGTHS)}
+    assert len(padded) == len(shared) == -(-len(LENGTHS) // 6) * 6
+    assert -(-len(padded) // 12) == -(-len(rows) // 12)  # as many optimizer steps

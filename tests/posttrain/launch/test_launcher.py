@@ -1,10 +1,12 @@
 """The processes of a command end as one: one line, of the process that was the cause, and its exit code."""
 
+import atexit
 import ctypes
 import gc
 import os
 import signal
 import socket
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -164,3 +166,22 @@ def test_a_torch_that_cannot_join_gpus_is_one_line(monkeypatch, absent, said):
         monkeypatch.setattr(name, value)
     with pytest.raises(InputError, match=said):
         launcher.check_torch()
+
+
+@pytest.mark.parametrize(("backend", "parted"), [("gloo", []), ("nccl", ["parted"])])
+def test_a_process_that_has_met_others_ends_without_taking_the_interpreter_down(monkeypatch, capfd, backend, parted):
+    done = []
+    group = SimpleNamespace(
+        is_initialized=lambda: True,
+        get_backend=lambda: backend,
+        destroy_process_group=lambda: done.append("parted"),
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(distributed=group))
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: done.append("cleaned up"))
+    monkeypatch.setattr(os, "_exit", lambda code: done.append(code))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks.leave_job()
+    assert done == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks.leave_job()
+    assert done == [*parted, "cleaned up", 0]

@@ -164,6 +164,8 @@ def test_under_a_launcher_nothing_is_started_and_the_flags_have_to_agree(tmp_pat
     for config, said in ((sft(gpus=2), "--gpus 2 --nodes 1 is 2"), (sft(nodes=4), "--nodes 4 is 8")):
         with pytest.raises(UsageError, match=f"WORLD_SIZE is 4, and {said} processes; drop these flags"):
             started(config, WORDS, SILENT)
+    with pytest.raises(UsageError, match="--batch-size 6 is not a multiple of the 4 processes; give --batch-size 8"):
+        started(sft(batch_size=6), WORDS, SILENT)
     assert "CUDA_VISIBLE_DEVICES" not in os.environ and runs == []
 
 

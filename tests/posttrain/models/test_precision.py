@@ -7,16 +7,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rl_job import words, write_job
+from safetensors.torch import load_file
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
+from gemma2.posttrain.adapters import frozen_base
 from gemma2.posttrain.evaluation.trajectory import procedure
-from gemma2.posttrain.models import loading
+from gemma2.posttrain.models import loading, precision
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.lora import merged_copy, sharing_copy
 from gemma2.posttrain.models.precision import as_loaded, frozen_dtype, trained_weights
 from gemma2.posttrain.rewards.model import RewardModel
-from gemma2.posttrain.schemas import ParetoConfig
+from gemma2.posttrain.schemas import ParetoConfig, RlhfConfig
 from gemma2.posttrain.tiny.networks import save_random
 
 DRAWN = "--max-new-tokens 4 --batch-size 8"
@@ -86,6 +88,43 @@ def test_rlhf_trains_in_fp32_and_judges_in_the_precision_asked_for(world, loaded
     line = words(world, world / "out", "--steps 1 --prompts-per-step 2 --n 2 --reward rm --sft a --dtype bfloat16")
     assert invoke(line) == 0
     assert set(loaded) == {("policy", torch.float32), ("rm", torch.bfloat16), ("a", torch.bfloat16)}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of peft
+def test_on_a_cpu_the_base_of_an_adapter_is_fp32_as_the_adapter_is(world, loaded, monkeypatch):
+    """There is no autocast between the two. On an accelerator: tests/simulated."""
+    kinds = {}
+    from gemma2.posttrain.training.first_steps import FirstSteps
+
+    begin = FirstSteps.on_train_begin
+
+    def spy(self, args, state, control, **given):
+        kinds.update({parameter.requires_grad: parameter.dtype for parameter in given["model"].parameters()})
+        return begin(self, args, state, control, **given)
+
+    monkeypatch.setattr(FirstSteps, "on_train_begin", spy)
+    write_job(world)
+    settings = "--steps 1 --prompts-per-step 2 --n 2 --lora-rank 2 --dtype bfloat16"
+    assert invoke(words(world, world / "out", settings)) == 0
+    assert loaded == [("policy", torch.float32)]
+    assert kinds == {True: torch.float32, False: torch.float32}
+    base, written = (load_file(world / name / "model.safetensors") for name in ("policy", "out"))
+    for name, weight in base.items():
+        assert written[name].dtype == torch.float32
+        assert torch.linalg.matrix_rank(written[name] - weight, atol=1e-6) <= 2 if "_proj" in name else True
+        assert "_proj" in name or torch.equal(written[name], weight)
+
+
+def test_on_an_accelerator_the_base_of_an_adapter_is_as_asked_for(monkeypatch):
+    for module in (frozen_base, precision):
+        monkeypatch.setattr(module, "default_device", lambda: torch.device("cuda"))
+    rl = {"policy": "p", "prompts": "d", "reward_fn": ["a:b"]}
+    for settings, expected in (
+        ({}, torch.float32),  # everything is trained
+        ({"lora_rank": 2}, torch.bfloat16),
+        ({"lora_rank": 2, "dtype": "float32"}, torch.float32),
+    ):
+        assert frozen_base.base_dtype(RlhfConfig(**rl, **settings)) == expected
 
 
 def test_the_figures_of_bf16_are_those_of_fp32_up_to_its_rounding(world, capsys):

@@ -93,7 +93,7 @@ def test_decoding_makes_no_copy_of_a_quantised_base():
 
 
 def test_few_bits_are_what_makes_9b_fit():
-    whole = {"model": "9b", "data": "d", "micro_batch_size": 1, "max_length": 2048}
+    whole = {"model": "9b", "data": "d", "micro_batch_size": 1, "max_length": 4096, "attention": "eager"}
     for config in (SftConfig(**whole), SftConfig(**whole, lora_rank=16)):
         found = judge(config, lambda path: SIZES[str(path)], CARD)
         assert not found.fits

@@ -8,6 +8,8 @@ attention without scores in memory; vLLM over at most 8 GPUs with a cache of 64 
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from gemma2.posttrain.planning import learning, reinforcing
 from gemma2.posttrain.planning.memory import memory_of
@@ -119,6 +121,35 @@ def test_a_model_that_scores_is_whole_on_every_gpu_while_it_does(size, frozen):
     by_hand = (16 * whole + 2 * whole + 2 * judge) / 8 + 2 * max(whole, judge)
     [score] = [phase.bytes for phase in plan.phases if phase.name == "score"]
     assert score == pytest.approx(by_hand + 0.9e9 + 0.9e9, rel=0.03)  # libraries; logits and states
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_units_have_the_elements_of_the_model_on_the_meta_device(size):
+    """What fsdp gathers: a decoder layer, and the root, which is embedding, head (tied) and the last norm."""
+    shape = SIZES[size]
+    config = Gemma2Config(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+    )
+    with torch.device("meta"):
+        model = Gemma2ForCausalLM(config)
+    count = lambda module: sum(parameter.numel() for parameter in module.parameters())  # noqa: E731
+    layer, root = count(model.model.layers[0]), count(model) - count(model.model.layers)
+    assert count(model) == shape.parameters
+    units = {
+        "forward": 2 * (root + 2 * layer),
+        "layer": 2 * (2 * root + 3 * layer) + 4 * layer,
+        "end": (2 + 4) * root,
+    }
+    place = MemoryPlace("accelerator", 8, True)
+    for at, expected in units.items():
+        [(_, amount)] = learning.gathered(shape, 2, place, at)
+        assert amount.total == pytest.approx(expected, rel=1e-4), at
 
 
 def test_numbers_that_were_to_be_reached():

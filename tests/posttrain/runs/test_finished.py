@@ -11,9 +11,11 @@ from text_model import text_of, write_text_model
 
 from gemma2.core.errors import Gemma2Error, OutputError
 from gemma2.core.outputs.manifest import CHECKPOINTS, STATE, read_manifest
-from gemma2.posttrain.runs import commands
+from gemma2.core.ranks import Ranks
+from gemma2.posttrain.runs import commands, finished
 from gemma2.posttrain.runs.finished import publish_finished
 from gemma2.posttrain.runs.run_directory import RunOptions, open_run
+from gemma2.posttrain.schemas import DistillConfig, ProbeConfig, RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import Config
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
@@ -159,3 +161,26 @@ def test_a_complete_run_that_is_not_ours_is_not_published(place, monkeypatch, pl
         with pytest.raises(OutputError, match=r"\.out\.partial is not a run of ours.*remove it"):
             start(settings(place), RunOptions(place / "out", resume=True))
     assert partial.exists() and not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "command"),
+    [
+        (SftConfig(model="m", data=("d",)), "sft"),
+        (RewardConfig(model="m", data="d"), "reward"),
+        (DistillConfig(model="m", teacher="t", prompts="p"), "distill"),
+        (RlhfConfig(policy="m", prompts="p"), "rlhf"),
+        (ProbeConfig(model="m", data="d"), None),
+    ],
+)
+def test_rank_0_of_every_training_in_several_processes_looks_and_publishes(tmp_path, monkeypatch, config, command):
+    met = []
+
+    class Pair(Ranks):
+        def on_main(self, work):
+            return "published" if self.rank == 0 else "heard"
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(finished, "join", lambda name: met.append(name) or Pair(0, 2))
+    assert publish_finished(config, RunOptions(tmp_path / "out")) == ("published" if command else None)
+    assert met == ([command] if command else [])  # a command in one process is refused later: nobody is met

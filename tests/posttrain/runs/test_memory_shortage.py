@@ -1,6 +1,7 @@
 """Memory that is exhausted: one line, with what was asked and flags that the command takes and that take less."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from gemma2.core.errors import InputError, OutOfMemory, memory_asked, refusal
-from gemma2.posttrain.runs.memory_shortage import out_of_memory, smaller_flags
+from gemma2.posttrain.runs.memory_shortage import MemoryRecord, out_of_memory, smaller_flags
+from gemma2.posttrain.runs.resident import activity, resident
 from gemma2.posttrain.runs.run_directory import RunOptions, open_run
 from gemma2.posttrain.schemas import DistillConfig, GenerateConfig, RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import Config, resolve
@@ -64,6 +66,81 @@ def test_every_library_s_way_to_say_it_is_known(case):
 def test_other_errors_are_not_taken_for_it(error):
     assert memory_asked(error) is None
     assert out_of_memory(error, None, "x", True) is None
+
+
+class Block:
+    """A storage of an accelerator."""
+
+    def __init__(self, place, size):
+        self.data_ptr, self.nbytes = lambda: place, lambda: size
+
+
+class OnDevice:
+    """A tensor as far as counting goes."""
+
+    def __init__(self, place, size, device="cuda:0"):
+        self.device, block = device, Block(place, size)
+        self.untyped_storage = lambda: block
+
+
+def test_each_storage_counts_once_for_the_first_part_and_the_rest_is_what_cuda_counts_besides():
+    weights = [OnDevice(1, 20 * 2**30), OnDevice(2, 10 * 2**30)]
+    holds = {
+        "weights": lambda: weights,
+        "gradients": lambda: [None, None],
+        "anchor": lambda: {"a": OnDevice(1, 20 * 2**30), "b": OnDevice(3, 5 * 2**30), "c": OnDevice(4, 99, "cpu")},
+        "reward models": lambda: partial(lambda one: one, OnDevice(5, 2**30)),
+    }
+    assert resident(holds, on_host=False) == {
+        "weights": 30 * 2**30,
+        "anchor": 5 * 2**30,
+        "reward models": 2**30,
+    }
+    assert resident(holds, on_host=True) == {"anchor": 99}
+    message = "Of the allocated memory 70.00 GiB is allocated by PyTorch, and 1.00 GiB is reserved by PyTorch"
+    error = torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 2.00 GiB. {message}")
+    line = str(out_of_memory(error, SftConfig.model_validate(GIVEN[SftConfig]), "step 3", True, MemoryRecord(holds)))
+    assert (
+        "in memory were weights 32.2 GB, anchor 5.37 GB, reward models 1.07 GB, activations and other 36.5 GB;" in line
+    )
+
+
+def test_models_are_found_in_closures_objects_and_modules():
+    network = torch.nn.Linear(4, 8)  # 32 + 8 weights of four bytes
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(4)).sum().backward()
+    optimizer.step()
+
+    def closure():
+        return network
+
+    assert resident({"reward models": lambda: closure}, True) == {"reward models": 160}
+    assert resident({"weights": lambda: network, "again": lambda: [network]}, True) == {"weights": 160}
+    assert resident({"optimizer": lambda: optimizer}, True) == {"optimizer": 2 * 160 + 2 * 4}
+    assert resident({"names": lambda: {str(i): network for i in range(20_000)}}, True) == {}  # a vocabulary
+
+
+def test_the_innermost_known_function_names_the_activity():
+    def backward():
+        raise torch.OutOfMemoryError(CUDA)
+
+    def compute_loss():
+        backward()
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        compute_loss()
+    assert activity(caught.value) == "loss"
+    with pytest.raises(RuntimeError) as caught:
+        of_torch()
+    assert activity(caught.value) == ""
+
+
+def test_flags_of_the_plan_replace_the_usual_ones():
+    record = MemoryRecord(advice=lambda config: "--micro-batch-size 2 (3 GB by the plan, not 5 GB)")
+    config = SftConfig.model_validate(GIVEN[SftConfig])
+    line = str(out_of_memory(torch.OutOfMemoryError(CUDA), config, "step 3", True, record))
+    assert line.endswith("start over with --force --micro-batch-size 2 (3 GB by the plan, not 5 GB)")
+    assert "in memory were" not in line
 
 
 def test_an_error_that_has_its_line_keeps_it():

@@ -251,7 +251,7 @@ def test_options_that_do_not_fit_are_refused(inputs, fields, said):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
 def test_attention_that_cannot_run_here_is_refused_before_anything_is_written(inputs, tmp_path):
     for name in ("flex_attention", "flash_attention_2", "flash_attention_3"):
-        with pytest.raises(UsageError, match=f"--attention {name} needs a GPU, but no GPU was found; use eager"):
+        with pytest.raises(UsageError, match=f"--attention {name} needs an accelerator, and none was found; use"):
             run_sft(configure(inputs, attention=name), RunOptions(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 

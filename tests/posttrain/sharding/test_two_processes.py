@@ -1,4 +1,4 @@
-"""Two processes are one: sharded models, trainings on shares of each batch, their checkpoints. One start of torchrun."""
+"""Two processes are one: sharded models, trainings on shares of each batch, checkpoints. One start of torchrun."""
 
 import json
 import os
