@@ -38,7 +38,7 @@ def starting_model(
     seed: int,
     from_head: Path | None,
     progress: Progress,
-    attention: Attention,
+    attention: Attention = "eager",
     placement: Placement = WHOLE,
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
