@@ -60,7 +60,8 @@ def as_loaded(model: N, dtype: torch.dtype) -> Iterator[N]:
 def rounded_copy(model: N, dtype: torch.dtype, device: torch.device) -> N:
     """Return a copy in eval mode with every weight rounded to `dtype`, on `device`, without gradients; ties are kept.
 
-    Quantised weights stay as they are. Buffers keep their dtype, as in a model that is loaded in `dtype`. No second copy in the old dtype is made.
+    Quantised weights stay as they are. Buffers keep their dtype, as in a model that is loaded in `dtype`. No second
+    copy in the old dtype is made.
     """
     rounded = {
         id(weight): nn.Parameter(

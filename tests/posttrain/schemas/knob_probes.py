@@ -613,7 +613,7 @@ def plan_of_heldout(config: Any, room: Room) -> object:
     from gemma2.posttrain.training import heldout
 
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0, 3.1, 3.2, 3.3])
-    run = SimpleNamespace(log=lambda step, **figures: None, checkpoints=room.root / "none")
+    run = SimpleNamespace(log=lambda step, **figures: None, checkpoints=room.root / "none", ranks=ALONE)
     callback = heldout.HeldOut(run, [1], config)
     batches: set[int] = set()
     found: list[object] = []
