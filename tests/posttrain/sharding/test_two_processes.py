@@ -115,7 +115,7 @@ def assert_same_run(one, several, size=2, apart=None):
         assert alone.keys() == both.keys()
         for key, value in alone.items():
             near = TOLERANCE if "margin" in key or "correlation" in key else 0.0  # differences of rewards
-            # torch adds the squares of a large tensor in fp32, one after another: in parts the sum is nearer to the truth.
+            # torch adds the squares of a large tensor in fp32, one after another: sums of parts are nearer to the truth.
             far = 3e-5 if key == "gradient_norm" else TOLERANCE
             number = isinstance(value, float)
             assert both[key] == (pytest.approx(value, rel=far, abs=near) if number else value), key
