@@ -36,9 +36,10 @@ N = TypeVar("N", bound=Network)
 def base_dtype(config: LoraFields) -> torch.dtype:
     """The dtype of a model that is going to be trained: fp32, or that of a frozen base.
 
-    A CPU trains without autocast, so there a base is as wide as its adapter.
+    A CPU trains without autocast, and so does `trainer.bf16: false`: there a base is as wide as its adapter.
     """
-    if config.lora_rank == 0 or default_device().type == "cpu":
+    autocast = default_device().type != "cpu" and getattr(config, "trainer", {}).get("bf16", True)
+    if config.lora_rank == 0 or not autocast:
         return torch.float32
     return frozen_dtype(getattr(config, "dtype", "auto"))
 

@@ -24,7 +24,7 @@ from .kernel_check import KernelCheck, Precision, check_kernel
 from .kernels import is_half_only, refuse_kernel
 from .probe_network import KEPT
 
-__all__ = ["KernelChoice", "chosen_kernel", "drawing_kernel", "settle_attention"]
+__all__ = ["KernelChoice", "chosen_kernel", "drawing_kernel", "kernels_in", "settle_attention"]
 
 AUTO = "flex_attention"
 SHAPED_BY: tuple[str, ...] = (
@@ -103,6 +103,11 @@ def settle_attention(
         if packed and choice.kernel == "eager":
             raise UsageError("packing with eager attention would hold all scores of the joined rows", "drop --packing")
     return {"asked": asked, "models": found}
+
+
+def kernels_in(settled: JsonObject) -> str:
+    """The kernels of a record of `settle_attention`, for a result that people read."""
+    return ", ".join(sorted({one["kernel"] for one in settled["models"].values()}))
 
 
 def chosen_kernel(asked: Attention, path: Path, dtype: torch.dtype, device: torch.device) -> str:

@@ -23,6 +23,9 @@ from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
+from gemma2.posttrain.adapters.frozen_base import check_base, load_trained
+from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example
@@ -74,6 +77,7 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
     ranks = placement.ranks
     micro = micro_batch(config, ranks)
     cache = TeacherCache.open(config.teacher_cache) if config.teacher_cache else None
+    check_base(config)
     with open_run("distill", config, options, ranks=ranks, strategy=placement.strategy) as run:
         reading = Reading(config)
         named = [config.model] if config.teacher is None else [config.model, config.teacher]
@@ -94,9 +98,26 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         run.memory.holds = {"teacher": lambda: setup.loss}
         train(trainer, run, callback, lambda: trainer.teaches)
         figures = callback.summary(trainer.model)
-        plain_model(trainer.model).generation_config.eos_token_id = setup.material.chat.stop_ids
-        save_result(trainer.model, setup.material.chat.tokenizer, run.path, ranks.is_main)
+        figures |= write_student(trainer, setup, config, run, progress)
         return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
+
+
+def write_student(
+    trainer: GkdTrainer, setup: DistillSetup, config: DistillConfig, run: Run, progress: Progress
+) -> JsonObject:
+    """Write the student as a plain model, and return how far it is from one that was trained on a quantised base."""
+    chat = setup.material.chat
+    plain_model(trainer.model).generation_config.eos_token_id = chat.stop_ids
+    if not is_rounded(trainer.model):
+        save_result(trainer.model, chat.tokenizer, run.path, run.ranks.is_main)
+    if not is_rounded(trainer.model) or not run.ranks.is_main:
+        return {}
+    write_merged(trainer.model, products_of(trainer.model), config.model, chat.tokenizer, run.path)
+    if config.base_bits is None:
+        return {}
+    rows = [example.ids for example in setup.heldout or setup.material.examples]
+    rows = rows or [chat.prompt_ids(prompt.messages) for prompt in setup.heldout_prompts]
+    return policy_difference(trainer.model, run.path, rows, progress, trainer.args.bf16)
 
 
 @dataclass(frozen=True)
@@ -137,7 +158,10 @@ def prepare(
     tokenizer = load_tokenizer(config.model)
     if config.teacher is not None:  # before gigabytes are read
         check_same_tokenizer(load_tokenizer(config.teacher), tokenizer, str(config.teacher), str(config.model))
-    student, tokenizer = placement.policy(config.model, attention=config.attention)
+    if placement.divides:
+        student, tokenizer = placement.policy(config.model, attention=config.attention)
+    else:
+        student, tokenizer = load_trained(config.model, config, progress, config.attention)
     check_targets(config, student)
     student = placement.filled(student, config.model, lora_config(config, "CAUSAL_LM"), config.seed)
     plain = plain_model(student)

@@ -35,7 +35,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject
 from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
-from gemma2.posttrain.attention.choice import settle_attention
+from gemma2.posttrain.attention.choice import kernels_in, settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt
@@ -375,7 +375,7 @@ def _measured(config: EvalConfig, ranks: Ranks, progress: Progress) -> JsonObjec
         "temperature": config.temperature,
         "max_new_tokens": config.max_new_tokens,
         "dtype": str(dtype).removeprefix("torch."),
-        "attention": settled,
+        "attention": kernels_in(settled),
         "samples": list(measured.samples),
     }
 

@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from gemma2.posttrain.quantisation.quantised_linear import QuantisedLinear
 from gemma2.posttrain.schemas.fields import Dtype
 
 from .loading import default_device
@@ -49,7 +50,8 @@ def as_loaded(model: N, dtype: torch.dtype) -> Iterator[N]:
     It is the model itself where that has this form; else a rounded copy, which is gone with its last name.
     """
     device = default_device()
-    if {(weight.dtype, weight.device.type) for weight in model.parameters()} == {(dtype, device.type)}:
+    weights = (weight for weight in model.parameters() if weight.is_floating_point())  # the others are quantised
+    if {(weight.dtype, weight.device.type) for weight in weights} == {(dtype, device.type)}:
         yield model
         return
     yield rounded_copy(model, dtype, device)
@@ -58,10 +60,13 @@ def as_loaded(model: N, dtype: torch.dtype) -> Iterator[N]:
 def rounded_copy(model: N, dtype: torch.dtype, device: torch.device) -> N:
     """Return a copy in eval mode with every weight rounded to `dtype`, on `device`, without gradients; ties are kept.
 
-    Buffers keep their dtype, as in a model that is loaded in `dtype`. No second copy in the old dtype is made.
+    Quantised weights stay as they are. Buffers keep their dtype, as in a model that is loaded in `dtype`. No second copy
+    in the old dtype is made.
     """
     rounded = {
-        id(weight): nn.Parameter(weight.detach().to(device, dtype), requires_grad=False)
+        id(weight): nn.Parameter(
+            weight.detach().to(device, dtype if weight.is_floating_point() else weight.dtype), requires_grad=False
+        )
         for weight in model.parameters()
     }
     copied = copy.deepcopy(model, rounded)
@@ -76,7 +81,12 @@ def trained_weights(policy: CausalLM, base: CausalLM | None, dtype: torch.dtype)
     """The policy of a training as `as_loaded` gives a model, with the products of its adapters added to its weights.
 
     base: `sharing_copy` of the policy from before it had adapters; None where it has none.
+    A policy on a quantised base is measured as it is trained: its weights as plain ones would take the memory that few
+    bits save, and would still not be those of its output.
     """
+    if any(isinstance(module, QuantisedLinear) for module in policy.modules()):
+        yield plain_model(policy)
+        return
     plain = policy
     if base is not None and dtype != torch.float32:
         plain = with_weights(base, ((name, weight.to(dtype)) for name, weight in adapted_weights(policy)))

@@ -22,9 +22,11 @@ from gemma2.core.outputs.manifest import read_manifest
 from gemma2.core.outputs.safetensors_header import weight_files
 from gemma2.core.progress import Progress
 from gemma2.merging.inputs.architecture import classifies
+from gemma2.posttrain.adapters.frozen_base import base_dtype, quantised_base
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import init_reward_model, load_reward_model, load_tokenizer, read_config
 from gemma2.posttrain.models.protocols import RewardNetwork
+from gemma2.posttrain.schemas import LoraFields
 from gemma2.posttrain.schemas.fields import Attention
 from gemma2.posttrain.sharding.placement import WHOLE, Placement
 
@@ -38,21 +40,31 @@ def starting_model(
     seed: int,
     from_head: Path | None,
     progress: Progress,
-    attention: Attention,
+    attention: Attention = "eager",
+    adapter: LoraFields | None = None,
     placement: Placement = WHOLE,
 ) -> tuple[RewardNetwork, Tokenizer]:
     """Return the model with one output from which training starts. A reward model keeps its own head by default.
 
-    Of a model that `placement` divides, the weights of the files are read later; a head from elsewhere is set here.
+    adapter: settings of the training, by which a backbone that stays frozen is rounded; the head stays fp32. Default:
+    everything is fp32. Of a model that `placement` divides, the weights of the files are read later; a head from
+    elsewhere is set here.
     Raises InputError for several outputs, and for a head that does not fit.
     """
+    settings = LoraFields() if adapter is None else adapter
+    dtype = base_dtype(settings)
     check_outputs(path, "--model")
+
+    def load(device: torch.device, kernel: Attention) -> tuple[RewardNetwork, Tokenizer]:
+        if is_classifier(path):
+            return load_reward_model(path, dtype, device, kernel)
+        return init_reward_model(path, seed, dtype, device, kernel)
+
     if placement.divides:
         model, tokenizer = _without_weights(path, seed, placement, attention)
-    elif is_classifier(path):
-        model, tokenizer = load_reward_model(path, attention=attention)
     else:
-        model, tokenizer = init_reward_model(path, seed, attention=attention)
+        model, tokenizer = quantised_base(path, settings, progress, load, attention)
+        model.score.float().register_forward_pre_hook(_widened)
     if from_head is not None:
         check_outputs(from_head, "--from-head")
         _warn_of_another_backbone(path, from_head, progress)
@@ -78,6 +90,11 @@ def _without_weights(
         nn.init.normal_(head, 0.0, float(cast(PreTrainedConfig, model.config).initializer_range))
         model.score.weight = nn.Parameter(head)
     return model, tokenizer
+
+
+def _widened(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """States in the dtype of a head that is wider than its frozen backbone; autocast has the last word."""
+    return (inputs[0].to(next(head.parameters()).dtype), *inputs[1:])
 
 
 def is_classifier(path: Path) -> bool:

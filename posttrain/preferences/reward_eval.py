@@ -14,7 +14,7 @@ from gemma2.core.errors import GuardStop, InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks
-from gemma2.posttrain.attention.choice import settle_attention
+from gemma2.posttrain.attention.choice import kernels_in, settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Pair
@@ -57,7 +57,7 @@ def run_reward_eval(config: RewardEvalConfig, progress: Progress = SILENT) -> Js
         evaluation = _Evaluation(pairs, config, reading, ranks)
         models = [evaluation.of(path, progress) for path in config.models]
         reading.report(progress)
-    return {"data": str(config.data), "pairs": len(pairs), "models": models, "attention": settled}
+    return {"data": str(config.data), "pairs": len(pairs), "models": models, "attention": kernels_in(settled)}
 
 
 @dataclass(frozen=True)

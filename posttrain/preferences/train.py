@@ -21,6 +21,9 @@ from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
+from gemma2.posttrain.adapters.frozen_base import check_base
+from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import score_difference
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
@@ -58,6 +61,7 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
     placement, progress = placed("reward", config, progress)
     ranks = placement.ranks
     accumulation = accumulation_steps(config, ranks)
+    check_base(config)
     with open_run("reward", config, options, ranks=ranks, strategy=placement.strategy) as run:
         if config.from_head is None and is_classifier(config.model):
             progress.note(f"{config.model} is a reward model: its head is kept and trained further")
@@ -65,7 +69,7 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
             config.attention, [config.model], progress, device=default_device(), learns=True
         )
         model, tokenizer = starting_model(
-            config.model, config.seed, config.from_head, progress, config.attention, placement
+            config.model, config.seed, config.from_head, progress, config.attention, config, placement
         )
         reading = Reading(config)
         training, heldout = split(reading.pairs(config.data), config.eval_fraction, config.seed)
@@ -87,11 +91,29 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
         train(trainer, run, callback)
         evaluation.keep_best(trainer.model)
         figures = {"steps": trainer.state.global_step} | callback.summary(trainer.model)
-        save_result(trainer.model, tokenizer, run.path, ranks.is_main)
+        if not is_rounded(trainer.model):
+            save_result(trainer.model, tokenizer, run.path, ranks.is_main)
+        elif ranks.is_main:
+            plain = plain_model(trainer.model)
+            write_merged(trainer.model, products_of(trainer.model), config.model, tokenizer, run.path)
+            if config.base_bits:
+                figures |= compared(plain, tokenizer, run, heldout_pairs or pairs, progress)
         counts = figures | {"pairs": len(pairs), "heldout_pairs": len(heldout_pairs)}
         result = RewardModel(plain_model(trainer.model), tokenizer)  # with its adapters, or merged with them
         found = measure(result, heldout_pairs, config.micro_batch_size or config.batch_size, ranks)
         return run.finish(counts | dropped | unread | found | evaluation.summary(progress))
+
+
+def compared(
+    trained: RewardNetwork, tokenizer: Tokenizer, run: Run, pairs: Sequence[PairIds], progress: Progress
+) -> JsonObject:
+    """Compare the scores of the output, whose base is not quantised, with those of the model that was trained."""
+
+    def score(model: RewardNetwork, rows: Sequence[Sequence[int]]) -> Tensor:
+        return RewardModel(model, tokenizer).score(rows, [[]] * len(rows), len(rows))
+
+    rows = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    return score_difference(score, trained, run.path, rows, progress)
 
 
 class HeldOutPairs(HeldOut):

@@ -80,8 +80,11 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
     quiet_libraries()
     placement, progress = placed("rlhf", config, progress)
     ranks = placement.ranks
-    if placement.divides:
-        check_divisible(config)
+    if placement.divides and config.anchor_memory == "cpu":
+        raise UsageError(
+            "--anchor-memory cpu is for an anchor that each process holds as a whole; --strategy fsdp divides it",
+            "leave --anchor-memory out, or give --strategy ddp",
+        )
     rows, micro = local_rows(config, ranks)
     if config.engine == "vllm":
         check_usable(config, default_device(), ranks)
@@ -128,16 +131,6 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
             save(trainer, setup, config, run)
             figures |= difference(trainer, setup, config, run, progress)
         return run.finish({"steps": trainer.state.global_step, **figures, **unread, **evaluation.summary()})
-
-
-def check_divisible(config: RlhfConfig) -> None:
-    """Raise UsageError for options of models that each process holds as a whole."""
-    for flag, given in (("--anchor-memory", config.anchor_memory == "cpu"), ("--base-bits", config.base_bits)):
-        if given:
-            raise UsageError(
-                f"{flag} is for models that each process holds as a whole; --strategy fsdp divides them",
-                f"leave {flag} out, or give --strategy ddp",
-            )
 
 
 def make_trainer(config: RlhfConfig, setup: RlSetup, arguments: RLOOConfig, guards: Guards) -> AnchoredRlooTrainer:
@@ -243,8 +236,11 @@ def seed_of(config: RlhfConfig) -> int:
 
 
 def alike_of(config: RlhfConfig) -> str | None:
-    """The procedure of the evaluations; None on a part of the training prompts, which no other command measures on."""
-    if config.heldout is None:
+    """The procedure of the evaluations; None where no other command measures the same.
+
+    That is so on a part of the training prompts, and for a policy on a quantised base, which is not its output.
+    """
+    if config.heldout is None or config.base_bits is not None:
         return None
     return procedure(
         config, config.sft or config.policy, config.heldout, 1, seed_of(config), frozen_dtype(config.dtype)

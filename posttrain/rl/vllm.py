@@ -15,10 +15,10 @@ token, an estimate of KL(mu || pi). A run stops if it is far above rounding, bec
 Deviations from TRL: (1) samples are drawn from the run's generator: runs of different seeds differ, and a resumed run
 goes on with the seeds it would have had. TRL sends none. `--vllm-seeds batch` seeds torch before all samples of a step
 are drawn in this process; `request` gives each completion its own seed, for which vLLM draws row by row. One seed for
-all requests would give the n samples of a prompt the same text. A server gets a seed for each request. vLLM repeats itself only
-approximately, since a row's last bits depend on its neighbours: with it a resumed run is no longer bit-exact. (2) LoRA
-products are added to weights on their way to vLLM and not in the policy: taken off again there, they would leave
-rounding in weights that are frozen, and that the reference and the anchor share.
+all requests would give the n samples of a prompt the same text. A server gets a seed for each request. vLLM repeats
+itself only approximately, since a row's last bits depend on its neighbours: with it a resumed run is no longer bit-
+exact. (2) LoRA products are added to weights on their way to vLLM and not in the policy: taken off again there, they
+would leave rounding in weights that are frozen, and that the reference and the anchor share.
 
 TRL 1.16 is written for vLLM 0.22 to 0.31. There was neither vLLM nor a GPU where this was written: the tests run TRL's
 own class over a stand-in for vLLM with the same interface.

@@ -96,8 +96,8 @@ class VllmFields(Config):
     )
     vllm_seeds: Literal["batch", "request"] = Field(
         "batch",
-        description="vllm colocate: one seed for all samples of a step, which is faster; or one for each, so that what is "
-        "drawn next to a sample does not change it",
+        description="vllm colocate: one seed for all samples of a step, which is faster; or one for each, so that what "
+        "is drawn next to a sample does not change it",
     )
     vllm_sleep_mode: bool = Field(
         False, description="vllm colocate: give its weights and cache back to the GPU while the policy is updated"
@@ -116,8 +116,8 @@ class VllmFields(Config):
             raise ValueError("--vllm-mode server and --vllm-server-url go together; give both, or neither")
         if server and (self.vllm_tensor_parallel > 1 or shared):
             raise ValueError(
-                "--vllm-tensor-parallel, --vllm-memory, --vllm-max-model-len, --vllm-seeds and --vllm-sleep-mode are for "
-                "colocate; set them where the server is started"
+                "--vllm-tensor-parallel, --vllm-memory, --vllm-max-model-len, --vllm-seeds and --vllm-sleep-mode are "
+                "for colocate; set them where the server is started"
             )
         if self.vllm_server_url is not None:
             check_address(self.vllm_server_url, "--vllm-server-url")

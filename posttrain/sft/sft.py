@@ -20,6 +20,9 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks
+from gemma2.posttrain.adapters.frozen_base import check_base, load_trained
+from gemma2.posttrain.adapters.merged_output import is_rounded, products_of, write_merged
+from gemma2.posttrain.adapters.output_difference import policy_difference
 from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import Example, Overlong, example_of, report_overlong, tokenise
@@ -68,11 +71,15 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
     ranks = placement.ranks
     accumulation = accumulation_steps(config, ranks)
     check_tracking(config.report_to)
+    check_base(config)
     with open_run("sft", config, options, ranks=ranks, strategy=placement.strategy) as run:
         run.origin["attention"] = settle_attention(
             config.attention, [config.model], progress, device=default_device(), learns=True, packed=config.packing
         )
-        model, tokenizer = placement.policy(config.model, attention=config.attention)
+        if placement.divides:
+            model, tokenizer = placement.policy(config.model, attention=config.attention)
+        else:
+            model, tokenizer = load_trained(config.model, config, progress, config.attention)
         chat = ChatFormat(tokenizer, model.generation_config)
         reading = Reading(config)
         rows = read_rows(config, chat, reading, progress)
@@ -96,6 +103,9 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
         evaluation.keep_best(trainer.model)
         figures = {"steps": trainer.state.global_step} | callback.summary(trainer.model)
         write_model(trainer.model, tokenizer, chat, config, run)
+        if config.lora_output == "merged" and config.base_bits and ranks.is_main:
+            some = [example.ids for example in rows.heldout or rows.examples]
+            figures |= policy_difference(trainer.model, run.path, some, progress, trainer.args.bf16)
         return run.finish(figures | counts(rows, mixture, config) | unread | evaluation.summary(progress))
 
 
@@ -175,7 +185,10 @@ def write_model(model: CausalLM, tokenizer: Tokenizer, chat: ChatFormat, config:
         save_trained_adapter(model, tokenizer, run.path, run.ranks.is_main)
         return
     plain_model(model).generation_config.eos_token_id = chat.stop_ids
-    save_result(model, tokenizer, run.path, run.ranks.is_main)
+    if not is_rounded(model):
+        save_result(model, tokenizer, run.path, run.ranks.is_main)
+    elif run.ranks.is_main:
+        write_merged(model, products_of(model), config.model, tokenizer, run.path)
 
 
 def show_tokens(config: SftConfig, count: int) -> list[JsonObject]:

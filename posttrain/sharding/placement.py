@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from gemma2.core.errors import InputError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import ALONE, Ranks, join
 from gemma2.merging.inputs.architecture import classifies
@@ -31,7 +31,7 @@ from gemma2.posttrain.models.loading import default_device, load_policy, load_to
 from gemma2.posttrain.models.protocols import CausalLM, Network
 from gemma2.posttrain.planning.memory import SPARE
 from gemma2.posttrain.runs.machine import free_memory
-from gemma2.posttrain.schemas import StrategyFields
+from gemma2.posttrain.schemas import LoraFields, StrategyFields
 from gemma2.posttrain.schemas.fields import Attention
 
 from .into_shards import Factory, divide, skeleton
@@ -133,6 +133,11 @@ def placed(command: str, config: StrategyFields, progress: Progress = SILENT) ->
     ranks = join(command)
     progress = progress if ranks.is_main else SILENT
     strategy = strategy_of(config, ranks, progress)
+    if strategy == "fsdp" and isinstance(config, LoraFields) and config.base_bits is not None:
+        raise UsageError(
+            "--base-bits is for a base that each process holds as a whole; --strategy fsdp divides it",
+            "leave --base-bits out, or give --strategy ddp",
+        )
     layout = layout_of(ranks, default_device(), copies(config, ranks)) if strategy == "fsdp" else None
     return Placement(ranks, strategy, layout), progress
 

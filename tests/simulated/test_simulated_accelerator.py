@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 DRAWN = "--max-new-tokens 8"
 TRAINED = "--max-steps 2 --batch-size 4 --warmup-steps 0"
 ROLLED = (
-    "--prompts prompts.jsonl --reward rm --steps 2 --prompts-per-step 2 --n 2 --max-new-tokens 24 --warmup-steps 0 "
+    "--prompts prompts.jsonl --reward rm --steps 2 --prompts-per-step 2 --n 2 --max-new-tokens 16 --warmup-steps 0 "
     "--eval-prompts 12 --learning-rate 1e-4"
 )
 SEEN = """import gc, json, torch

@@ -7,6 +7,7 @@ must keep everything that changes in tensors, write results in place, and never 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -14,6 +15,7 @@ import torch
 
 __all__ = ["CapturedStep", "capture_on", "cuda_graph"]
 
+SWITCH = "GEMMA2_CUDA_GRAPHS"
 Work = Callable[[], None]
 Capture = Callable[[Work], Work]  # records a step without running it; the result replays it
 
@@ -40,8 +42,11 @@ class CapturedStep:
 
 
 def capture_on(device: torch.device) -> Capture | None:
-    """Return what captures a step on a device; None where steps run plainly. ROCm counts as CUDA, as in torch."""
-    return cuda_graph if device.type == "cuda" else None
+    """Return what captures a step on a device; None where steps run plainly. ROCm counts as CUDA, as in torch.
+
+    GEMMA2_CUDA_GRAPHS=0 in the environment turns graphs off: the same steps, launched singly.
+    """
+    return cuda_graph if device.type == "cuda" and os.environ.get(SWITCH) != "0" else None
 
 
 def cuda_graph(work: Work) -> Work:
@@ -58,7 +63,8 @@ def cuda_graph(work: Work) -> Work:
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             work()
-        except BaseException:
+        except BaseException as error:
+            error.add_note(f"while a step of decoding was captured; {SWITCH}=0 decodes without CUDA graphs")
             with suppress(RuntimeError):  # that the capture is void; what made it so is raised
                 graph.capture_end()
             raise

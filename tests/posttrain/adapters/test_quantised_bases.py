@@ -18,6 +18,7 @@ from gemma2.posttrain.adapters.output_difference import policy_difference
 from gemma2.posttrain.models.decoder import StepDecoder
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.lora import sharing_copy
+from gemma2.posttrain.models.precision import as_loaded, rounded_copy, trained_weights
 from gemma2.posttrain.models.sampler import SamplingParams, sample
 from gemma2.posttrain.models.scorer import token_logps
 from gemma2.posttrain.quantisation.convert import quantise, quantised_layers
@@ -204,6 +205,21 @@ def test_the_anchors_products_are_averages_less_the_quantised_base(loaded, direc
         assert found.keys() == start.keys()
         for name in found:  # A is the same on both sides, so the average of the factors is that of the products
             assert (found[name]() - (0.75 * start[name] + 0.25 * end[name])).abs().max() < 1e-6
+
+
+def test_quantised_weights_are_never_cast(loaded):
+    """The policy is measured as it is trained; a copy in another precision has the same quantised matrices."""
+    model, *_ = loaded
+    base = sharing_copy(model).requires_grad_(False)
+    copied = rounded_copy(base, torch.bfloat16, CPU)
+    assert copied.dtype == torch.bfloat16
+    for name, layer in quantised_layers(base):
+        assert torch.equal(dequantised(copied.get_submodule(name)), dequantised(layer))
+    with as_loaded(base, torch.float32) as measured:
+        assert measured is base
+    policy = adapted(model).get_base_model()
+    with trained_weights(policy, base, torch.bfloat16) as measured:
+        assert measured is policy
 
 
 def test_vllm_is_given_plain_weights_of_quantised_layers(loaded):

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gemma2.core.errors import UsageError
 from gemma2.posttrain.attention import choice
-from gemma2.posttrain.attention.choice import chosen_kernel, drawing_kernel, settle_attention
+from gemma2.posttrain.attention.choice import chosen_kernel, drawing_kernel, kernels_in, settle_attention
 from gemma2.posttrain.attention.kernel_check import KernelCheck, ProbeDistances
 from gemma2.posttrain.attention.kernels import installed_kernels, refuse_kernel
 from gemma2.posttrain.models.loading import load_policy
@@ -69,6 +69,7 @@ def test_auto_on_a_cpu_is_eager_and_compares_nothing(model, checks):
     heard = Heard()
     found = settle_attention("auto", [model], heard, device=CPU, learns=True)
     assert found == {"asked": "auto", "models": {str(model): {"kernel": "eager"}}}
+    assert kernels_in(found) == "eager"
     assert (checks.seen, heard.notes, heard.warnings) == ([], [], [])
 
 
@@ -253,3 +254,25 @@ def test_the_sampler_draws_in_eager_attention_or_sdpa():
 
 def test_records_are_json(model, checks):
     assert json.loads(json.dumps(settle_attention("auto", [model], device=CUDA, learns=True)))
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_reports_every_kernel_of_the_machine(model, checks, monkeypatch):
+    from gemma2.posttrain.doctor.checks import attention_probe
+    from gemma2.posttrain.doctor.checks.subject import Subject
+
+    monkeypatch.setattr(attention_probe, "installed_kernels", lambda device: ["flex_attention"])
+    monkeypatch.setattr(attention_probe, "check_kernel", checks)
+    for off, status, words in (
+        (ProbeDistances(0.01, 0.02), "ok", "flex_attention: off eager attention by 0.01"),
+        (ProbeDistances(0.24, 3.0), "problem", "on packed rows: without the soft cap"),
+        (RuntimeError("no\ncompiler"), "warning", "flex_attention cannot run here: no compiler"),
+    ):
+        checks.off[0] = off
+        *own, found = attention_probe.probe_attention(Subject(model))
+        assert len(own) == 2
+        assert words in found.message
+        assert (found.status, bool(found.fix)) == (status, status != "ok")
+    assert checks.seen == [("flex_attention", "autocast", True, True)] * 3

@@ -211,7 +211,7 @@ def test_tokenizers_are_compared_before_a_model_is_loaded(inputs, tmp_path, monk
     teacher.add_tokens(["zebra"])
     random_model(1).save_pretrained(tmp_path / "teacher")
     teacher.save_pretrained(tmp_path / "teacher")
-    monkeypatch.setattr("gemma2.posttrain.sharding.placement.load_policy", None)
+    monkeypatch.setattr(distill, "load_trained", None)
     with pytest.raises(InputError, match="zebra"):
         run_distill(configure(inputs, teacher=tmp_path / "teacher"), RunOptions(tmp_path / "out"))
 

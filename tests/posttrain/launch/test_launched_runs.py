@@ -3,6 +3,7 @@
 The machine has no GPU: a driver's tool on PATH lists two, and the check of torch's build is left out. All else is real.
 """
 
+import json
 import os
 import signal
 import socket
@@ -138,3 +139,28 @@ def test_two_machines_with_disks_of_their_own_are_refused_at_the_start(job):
     assert "error: --out out is not on a disk that all machines share: machine 1 of the job" in first[2]
     assert second[2].count("error: ") == 1 and "rank 0, on another machine, has ended the job with exit" in second[2]
     assert [[*(job / name).iterdir()] for name in ("machine0", "machine1")] == [[], []]
+
+
+@pytest.mark.slow
+def test_a_divided_training_is_killed_and_resumed_to_the_same_bytes(job):
+    rows = [{"prompt": f"What is {a} plus {b}?", "completion": f"It is {a + b}."} for a in range(6) for b in range(6)]
+    (job / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    def sft(name: str, *more: str) -> subprocess.Popen[str]:
+        line = f"sft --model {job}/policy --data {job}/rows.jsonl --gpus 2 --strategy fsdp --max-steps 6 --batch-size 4"
+        line += f" --save-every 2 --max-length 64 --learning-rate 1e-3 --out {job / name} --json"
+        env = {**environment(job), "PATH": f"{job}:{os.environ['PATH']}"}
+        script = [sys.executable, "-c", BARE_CHECKOUT + PARENT + MAIN, *line.split(), *more]
+        return subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=job)
+
+    code, _, err = finish(sft("sft"))
+    assert code == 0, err
+    record = json.loads((job / "sft" / "gemma2.json").read_text(encoding="utf-8"))
+    assert (record["processes"], record["strategy"]) == (2, "fsdp")
+    killed = sft("sft-again")
+    at_checkpoint(job, "sft-again", killed)[1].kill()
+    code, _, err = finish(killed)
+    assert code == 128 + signal.SIGKILL and err.count("error: rank 1") == 1
+    code, _, err = finish(sft("sft-again", "--resume"))
+    assert code == 0, err
+    assert (job / "sft-again" / "model.safetensors").read_bytes() == (job / "sft" / "model.safetensors").read_bytes()

@@ -1,5 +1,9 @@
 """Decoding with fixed shapes draws what the row-by-row loop draws, and its step can be recorded and replayed."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import ClassVar
+
 import pytest
 import torch
 from test_decoder import MODELS, made
@@ -244,6 +248,55 @@ def test_a_step_warms_up_is_captured_once_and_replayed():
     for _ in range(4):
         step()
     assert seen == ["ran", "captured", "replayed", "replayed", "replayed"]
+
+
+class Graph:
+    """torch.cuda as far as a capture asks for it; `events` is what happened."""
+
+    events: ClassVar[list[str]] = []
+
+    def capture_begin(self, **how):
+        self.events.append(f"begin {how}")
+
+    def capture_end(self):
+        self.events.append("end")
+        if "failed" in self.events:
+            raise RuntimeError("the capture is void")
+
+    def replay(self):
+        self.events.append("replay")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(Graph, "events", [])
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda one: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return Graph.events
+
+
+def test_a_cuda_graph_is_recorded_between_its_begin_and_its_end(cuda):
+    captured_step.cuda_graph(lambda: cuda.append("step"))()
+    assert cuda == ["begin {'capture_error_mode': 'thread_local'}", "step", "end", "replay"]
+
+
+def test_what_fails_in_a_capture_is_raised_with_the_switch_that_avoids_it(cuda):
+    def fail():
+        cuda.append("failed")
+        raise ValueError("the device was waited for")
+
+    with pytest.raises(ValueError, match="waited for") as caught:
+        captured_step.cuda_graph(fail)
+    assert "GEMMA2_CUDA_GRAPHS=0" in caught.value.__notes__[0]
+
+
+def test_graphs_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("GEMMA2_CUDA_GRAPHS", "0")
+    assert capture_on(torch.device("cuda")) is None
 
 
 def test_only_cuda_captures():

@@ -47,11 +47,7 @@ def _sizes(monkeypatch):
         ("2b", {}, 2),
         ("2b", {"lora_rank": 16}, 1),
         ("9b", {}, 8),
-        (
-            "9b",
-            {"lora_rank": 16},
-            4,
-        ),  # 2 in the table, which draws with vLLM: here each GPU holds the whole policy then
+        ("9b", {"lora_rank": 16}, 2),
         ("9b", {"lora_rank": 16, "strategy": "ddp"}, None),  # a whole model on each fits no card
         ("27b", {}, None),
     ],

@@ -21,7 +21,9 @@ SECONDS = 270
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from gemma2.cli.main import main
+from gemma2.cli import main as command
+command.leave_job = lambda: None  # the next run needs the group of processes
+main = command.main
 if __name__ == "__main__":
     file, codes = Path(sys.argv[1]), []
     for line in json.loads(file.read_text()):
@@ -68,7 +70,7 @@ def line(job: Path, out: str, settings: str = "") -> list[str]:
 
 
 def run_lines(job: Path, processes: int, lines: Sequence[Sequence[str]], launcher: Sequence[str] = ()) -> list[int]:
-    """Run command lines one after another in the same processes: the exit code of each; one process without torchrun."""
+    """Run command lines one after another in the same processes: the exit code of each. One needs no torchrun."""
     file = job / f"{processes}-{uuid.uuid4().hex}.json"
     file.write_text(json.dumps(lines), encoding="utf-8")
     started = [sys.executable, "-m", "torch.distributed.run", *(launcher or ["--standalone"])]
