@@ -65,7 +65,7 @@ def test_every_training_is_the_one_of_one_process(root, processes):
     assert outcomes(root) == {job["name"]: ["done"] for job in jobs}
     for job in jobs:
         one = root / f"one-{job['name'].partition('-')[2]}"
-        # Adam divides by the size of a gradient: near rounding, a weight moves by its learning rate either way.
+        # Adam divides by the size of the gradient: near rounding, a weight moves by its learning rate either way.
         apart = 1e-3 if "16M" in root.name else None
         assert_same_run(one, root / job["name"], processes, apart)
 
