@@ -87,7 +87,9 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         setup = prepare(config, cache, reading, progress, placement)
         unread = reading.report(progress, run.path if ranks.is_main else None)
         given = distillation_arguments(config, run, micro, ranks.size)
-        arguments = configured(TrlConfig, config, given | (hand_over(setup.student) if placement.divides else {}))
+        arguments = configured(
+            TrlConfig, config, given | (hand_over(setup.student, config.trainer) if placement.divides else {})
+        )
         rows = schedule(config.steps, config.batch_size, config.n, setup.material, config.fraction, config.seed)
         adapter = None if placement.divides else lora_config(config, "CAUSAL_LM")
         trainer = GkdTrainer(setup.student, setup.loss, setup.material, rows, arguments, progress, adapter, ranks)

@@ -260,7 +260,7 @@ def make_trainer(
     adapters = lora_config(config, "SEQ_CLS")
     if placement.divides:
         model, adapters = placement.filled(model, config.model, adapters, config.seed), None
-        arguments |= hand_over(model)
+        arguments |= hand_over(model, config.trainer)
     with warnings.catch_warnings():
         # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.
         warnings.simplefilter("ignore", FutureWarning)

@@ -219,7 +219,7 @@ def make_trainer(
     adapters = lora_config(config, "CAUSAL_LM")
     if placement.divides:
         model, adapters = placement.filled(model, config.model, adapters, config.seed), None
-        arguments |= hand_over(model)
+        arguments |= hand_over(model, config.trainer)
     collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True) if config.packing else None
     with warnings.catch_warnings():
         # peft 0.21 asks the model for `is_gradient_checkpointing`, which transformers 5 renamed.

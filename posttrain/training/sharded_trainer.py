@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from trl.models.utils import _ForwardRedirection
 
-from gemma2.core.errors import InputError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.models.lora import plain_model
 from gemma2.posttrain.sharding.distributed_state import load_state, save_state
 from gemma2.posttrain.sharding.units import is_sharded
@@ -38,13 +38,20 @@ R = TypeVar("R")
 PROCESSES_FILE = "processes.pt"  # learning rate schedule, number of processes
 
 
-def hand_over(model: object) -> dict[str, object]:
+def hand_over(model: object, asked: Mapping[str, object] | None = None) -> dict[str, object]:
     """Mark a sharded model as placed, before a Trainer is built. Returns the Trainer's arguments that go with it.
 
     model: sharded, in peft's wrapper or not. Its products have their dtype from `shard`: autocast stays off.
+    asked: the options that the user gives to the Trainer. Raises UsageError for those that would have no effect.
     """
     plain = plain_model(model)  # type: ignore[type-var]  # any module
     assert is_sharded(plain)
+    for name in ("bf16", "fp16"):
+        if name in (asked or {}):
+            raise UsageError(
+                f"'trainer.{name}' has no effect with --strategy fsdp: products are in bf16 on an accelerator",
+                "leave it out",
+            )
     plain._is_distributed_loading_by_transformers = True  # type: ignore[attr-defined]
     plain._is_fsdp_managed_module = True  # type: ignore[attr-defined]
     return {"save_only_model": True, "bf16": False, "fp16": False}

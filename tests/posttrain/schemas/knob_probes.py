@@ -618,8 +618,8 @@ def plan_of_heldout(config: Any, room: Room) -> object:
     batches: set[int] = set()
     found: list[object] = []
     with (
-        patch.object(heldout, "heldout_loss", lambda model, rows, size: (batches.add(size), next(losses))[1]),
-        patch.object(heldout, "measuring", lambda model, what: nullcontext()),
+        patch.object(heldout, "heldout_loss", lambda model, rows, size, ranks: (batches.add(size), next(losses))[1]),
+        patch.object(heldout, "measuring", lambda model, what, ranks: nullcontext()),
         patch.object(heldout.HeldOut, "_save_best", lambda self, model: found.append("saved")),
     ):
         for step in range(1, 11):

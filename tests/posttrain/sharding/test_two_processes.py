@@ -49,6 +49,7 @@ def root(tmp_path_factory):
         job("nan", "sft", {"strategy": "fsdp"}, poison=3),
         job("seven", "sft", {"strategy": "fsdp", "batch_size": 7}),
         job("tokens", "sft", {"strategy": "fsdp", "micro_batch_tokens": 64}),
+        job("half", "sft", {"strategy": "fsdp", "trainer": {"bf16": False}}),
     ]
     process = start_jobs(root, jobs, 2)
     _, err = process.communicate(timeout=600)
@@ -186,6 +187,7 @@ def test_processes_end_with_the_same_error(root):
     for name, said in (
         ("nan", "step 4 of SFT: the gradient is NaN or infinite, nothing was updated"),
         ("seven", "--batch-size 7 is not a multiple of the 2 processes; give --batch-size 8, or --batch-size 6"),
+        ("half", "'trainer.bf16' has no effect with --strategy fsdp"),
         ("tokens", "--micro-batch-tokens is for one process, there are 2; give --micro-batch-size instead"),
     ):
         assert first[name] == second[name]
