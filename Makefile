@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock quickstart test test-slow test-sharded test-browser test-ray test-peers lint type check bench bench-filters gpu gpu-wheels compare real science torture soak docs recipes screens ranges clean
+.PHONY: help setup setup-dev lock quickstart test test-slow test-sharded test-browser test-ray test-peers lint type check bench bench-filters gpu gpu-wheels compare real real-warp science torture soak docs recipes screens ranges clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -156,6 +156,9 @@ $(VENV)/.installed-real: $(VENV)/.installed
 
 real: $(VENV)/.installed-real ## The same commands on real weights: SmolLM2-135M-Instruct
 	@$(BIN)/python bench/real.py --out runs/real $(QUESTIONS)
+
+real-warp: $(VENV)/.installed-real ## WARP on those weights: seven claims, about two CPU hours, resumable
+	@$(BIN)/python bench/real_warp.py --out runs/real-warp $(if $(GSM8K),--gsm8k $(GSM8K))
 
 docs: setup-dev ## Regenerate docs/commands.md and the tables of docs/merging.md
 	@$(BIN)/python docs/generate.py

@@ -261,7 +261,7 @@ def claims(found: Measured) -> list[Claim]:
 
     def trajectory(run: str) -> Curve:
         stops = sorted(key for key in kl if isinstance(key, tuple) and key[0] == run and key[1] > 0)
-        return curve(("slerp-a", 0.0), *stops)
+        return curve(("slerp-a", 0.0), *stops, run)
 
     def over(pair: str, of: object) -> tuple[Floats, Floats]:
         a = line(f"slerp-{pair}")
@@ -325,9 +325,10 @@ def draw(found: Measured, place: Path) -> None:
 
     means = {key: (float(found.kl[key].mean()), float(found.reward[key].mean())) for key in found.kl}
     with styled():
-        figure, axis = new_figure(6.4, 4.4)
+        figure, (axis,) = new_figure(6.4, 4.4)
         for number, run in enumerate(("rl-1", "rl-2", "rl-3", "rl-4", "rl-5")):
-            keys = sorted(key for key in means if isinstance(key, tuple) and key[0] == run)
+            stops = sorted(key for key in means if isinstance(key, tuple) and key[0] == run and key[1] > 0)
+            keys = [("slerp-a", 0.0), *stops, run]
             xs, ys = zip(*(means[key] for key in keys), strict=True)
             label = {0: "RL runs, 32 steps", 4: "RL run, 128 steps"}.get(number)
             axis.plot(xs, ys, "--" if run == "rl-5" else "-", color=INK, lw=0.9, marker=".", ms=4, label=label)
