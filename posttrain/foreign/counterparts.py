@@ -34,7 +34,8 @@ OFF = ("none", "no", "off", "disabled", "false", "")
 ATTENTIONS: dict[object, str] = {
     **dict.fromkeys((True, "fa2", "flash_attention_2", "kernels-community/flash-attn2"), "flash_attention_2"),
     **dict.fromkeys(("fa3", "flash_attention_3", "kernels-community/flash-attn3"), "flash_attention_3"),
-    "flex_attention": "flex_attention",
+    **dict.fromkeys(("disabled", "eager"), "eager"),
+    **{name: name for name in ("flex_attention", "sdpa")},
 }
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw")
 
@@ -221,6 +222,10 @@ def _attention(key: str, value: object, given: Mapping[str, object]) -> Settings
     return {key: found} if found else {}
 
 
+def _sdpa(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
+    return {} if is_off(value) else {key: "sdpa"}
+
+
 def _packing(key: str, value: object, given: Mapping[str, object]) -> Settings | None:
     return {} if is_off(value) else {key: True, "attention": "flash_attention_2"}
 
@@ -303,7 +308,8 @@ def _files(key: str, value: object, given: Mapping[str, object]) -> Settings | N
 CONVERSIONS: dict[str, Callable[[str, object, Mapping[str, object]], Settings | None]] = {
     **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules", "lora_attn_modules"), _targets),
     **dict.fromkeys(("val_size", "val_set_size", "test_split_size"), _share),
-    **dict.fromkeys(("attn_implementation", "flash_attn", "flash_attention", "sdp_attention"), _attention),
+    **dict.fromkeys(("attn_implementation", "flash_attn", "flash_attention"), _attention),
+    "sdp_attention": _sdpa,
     **dict.fromkeys(("sample_packing", "neat_packing"), _packing),
     **dict.fromkeys(("load_best_model_at_end", "early_stopping_patience", "early_stopping_steps"), _compared),
     **dict.fromkeys(("wandb_project", "use_wandb"), _fixed("wandb")),

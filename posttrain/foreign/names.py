@@ -59,7 +59,7 @@ STEPS = ("max_steps", "steps")
 TOKENS = ("max_new_tokens",)
 ONE_BATCH = "all sequences of an optimizer step; --micro-batch-size are those of a forward pass"
 ROOM = "rows of similar length share a batch, so little is padded"
-ATTENTION = "eager, flex_attention, flash_attention_2 or flash_attention_3; sdpa has no soft cap, which Gemma 2 needs"
+ATTENTION = "auto takes what fits; sdpa has no soft cap, which Gemma 2 needs"
 QUANTISED = "only the frozen base of an adapter is quantised: --lora-rank with --base-bits"
 PLAIN_LORA = "adapters are plain LoRA: A and B, scaled by alpha / rank"
 RULE = "the optimizer is AdamW with one learning rate"
@@ -240,10 +240,10 @@ NAMES: dict[str, ForeignName] = {
     "disable_gradient_checkpointing": _unneeded(L, "--set trainer.activation_checkpointing=false turns it off"),
     "gradient_checkpointing_kwargs": _unneeded(TRAINER, "it is on where there is a GPU"),
     "enable_activation_checkpointing": _unneeded(H, "it is on where there is a GPU"),
-    "attn_implementation": _same(TRAINER, "attention", how=ATTENTION, instead="leave it out: attention is eager"),
-    "flash_attn": _same(L, "attention", how=ATTENTION, instead="leave it out: attention is eager"),
-    "flash_attention": _same(A, "attention", how=ATTENTION, instead="leave it out: attention is eager"),
-    "sdp_attention": _same(A, "attention", how=ATTENTION, instead="leave it out: attention is eager"),
+    "attn_implementation": _same(TRAINER, "attention", how=ATTENTION, instead="leave it out: attention is auto"),
+    "flash_attn": _same(L, "attention", how=ATTENTION, instead="leave it out: attention is auto"),
+    "flash_attention": _same(A, "attention", how=ATTENTION, instead="leave it out: attention is auto"),
+    "sdp_attention": _same(A, "attention", how=ATTENTION, instead="leave it out: attention is auto"),
     "use_liger_kernel": _unneeded(TL, "it saves memory only; results do not depend on it"),
     "enable_liger_kernel": _unneeded(L, "it saves memory only; results do not depend on it"),
     "torch_compile": _unneeded(TRAINER, "it changes speed only; results do not depend on it"),

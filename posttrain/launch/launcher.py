@@ -73,7 +73,7 @@ class Ended:
 class ProcessEnd(Gemma2Error):
     """A process of a command ended by a signal, or without a word."""
 
-    def __init__(self, what: str, hint: str, code: int) -> None:
+    def __init__(self, what: str, hint: str = "", code: int = 1) -> None:
         super().__init__(what, hint)
         self.exit_code = code
 

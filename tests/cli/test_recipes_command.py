@@ -35,22 +35,22 @@ def test_the_list_has_every_recipe_with_the_memory_of_its_head(said):
 def test_the_list_can_be_narrowed_and_says_so_when_nothing_is_left(said):
     _, out, _ = said("recipes", "list", "--command", "sft", "--machine", "24gb")
     assert "sft-2b-24gb" in out and "rlhf" not in out and "80gb" not in out
-    _, out, _ = said("recipes", "list", "--size", "27b")
-    assert "no recipe for 27b" in out and "gemma2 recipes show" in out
+    _, out, _ = said("recipes", "list", "--size", "27b", "--machine", "24gb", "--command", "warp")
+    assert "no recipe for warp 27b 24gb" in out and "gemma2 recipes show" in out
 
 
 def test_show_prints_a_recipe_and_says_why_there_is_none(said):
     assert said("recipes", "show", "sft-2b-24gb")[1] == machine_recipes()["sft-2b-24gb"].read_text(encoding="utf-8")
-    code, _, err = said("recipes", "show", "rlhf-27b-24gb")
+    code, _, err = said("recipes", "show", "warp-27b-24gb")
     assert code == 1 and err.count("\n") == 1
-    assert "a GPU has 24.0 GB" in err and "the next that can: rlhf-2b-24gb" in err
+    assert "a GPU has 24.0 GB" in err and "the next that can: warp-27b-80gb" in err
     assert "did you mean 'sft-2b-24gb'" in said("recipes", "show", "sft-2b-24g")[2]
     assert "see gemma2 recipes list" in said("recipes", "show", "zzz")[2]
 
 
 def test_a_command_that_is_given_such_a_name_says_the_same(said):
-    code, _, err = said("sft", "--config", "sft-27b-80gb", "--data", "d", "--out", "o")
-    assert code == 1 and "the next that can: sft-9b-80gb" in err
+    code, _, err = said("warp", "--config", "warp-9b-24gb", "--sft", "s", "--prompts", "p", "--out", "o")
+    assert code == 1 and "the next that can: warp-9b-80gb" in err
 
 
 def test_a_copy_is_checked_and_names_itself(said, tmp_path):

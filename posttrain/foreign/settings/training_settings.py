@@ -283,7 +283,7 @@ def _attention(account: KeyAccount, dialect: Dialect) -> None:
                 name = "attn_implementation" if key == "flex_attention" else key
                 value = "flex_attention" if key == "flex_attention" and account.given[key] else account.given[key]
                 settings = converted(name, "attention", value, {}) or {}
-                account.take(key, settings, "" if settings else "eager, which has Gemma 2's soft cap, is the default")
+                account.take(key, settings, "" if settings else "auto, which takes what fits, is the default")
     packed = any(not is_off(account.given.get(key)) for key in dialect.names["packing"])
     for key in dialect.names["packing"]:
         if account.has(key) and not packed:

@@ -432,6 +432,7 @@ def test_an_engine_draws_from_the_weights_of_every_step_and_is_closed(inputs, tm
     make = Rollout.__init__
     monkeypatch.setattr(Rollout, "__init__", lambda self, *a, **k: (make(self, *a, **k), rollouts.append(self))[0])
     monkeypatch.setattr(rlhf, "check_usable", lambda *arguments: None)
+    monkeypatch.setattr(rlhf, "compare_attention", lambda *arguments: None)
     monkeypatch.setattr(rlhf.VllmSampler, "start", start)
     run_rlhf(configure(inputs), RunOptions(tmp_path / "ours"))
     run_rlhf(configure(inputs, engine="vllm"), RunOptions(tmp_path / "theirs"))

@@ -473,7 +473,13 @@ def bench(config: Any, room: Room) -> object:
 
 
 def open_run(room: Room) -> Any:
-    return SimpleNamespace(checkpoints=room.root / "checkpoints", path=room.root, ranks=ALONE, origin={})
+    return SimpleNamespace(
+        checkpoints=room.root / "checkpoints",
+        path=room.root,
+        ranks=ALONE,
+        origin={},
+        memory=SimpleNamespace(holds={}, advice=None),
+    )
 
 
 def adapters(config: Any, room: Room) -> object:
