@@ -59,7 +59,8 @@ COMMANDS = {
     "rlhf, anchor on the host": f"rlhf --policy policy {ROLLED} --anchor-memory cpu --out rl-host",
     "rlhf, fixed anchor": f"rlhf --policy policy {ROLLED} --anchor sft --out rl-fixed",
     "rlhf, LoRA": f"rlhf --policy policy {ROLLED} --lora-rank 2 --max-new-tokens 48 --out rl-lora",
-    "rlhf, factors": f"rlhf --policy policy {ROLLED} --lora-rank 2 --lora-anchor factors --max-new-tokens 48 --out rl-factors",
+    "rlhf, factors": f"rlhf --policy policy {ROLLED} --lora-rank 2 --lora-anchor factors "
+    "--max-new-tokens 48 --out rl-factors",
     "rlhf, 8 bits": f"rlhf --policy policy {ROLLED} --lora-rank 2 --base-bits 8 --max-new-tokens 48 --out rl-8",
     "rlhf, 8 bits, dense": f"rlhf --policy policy {ROLLED} --lora-rank 2 --base-bits 8 --lora-anchor dense "
     "--max-new-tokens 48 --out rl-8d",
