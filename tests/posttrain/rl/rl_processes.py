@@ -115,11 +115,16 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def furthest(one: Path, other: Path, names: Sequence[str]) -> float:
-    """The largest relative difference of these figures between two runs, over all their lines; of a KL in nats."""
+    """The largest relative difference of these figures between two runs, over all their lines; of a KL in nats.
+
+    The loss of REINFORCE crosses zero: it is compared with the largest of the run.
+    """
     pairs = list(zip(metrics(one), metrics(other), strict=True))
     assert pairs and all(left.keys() == right.keys() for left, right in pairs)
+    largest = max((abs(left["loss"]) for left, _ in pairs if left.get("loss") is not None), default=0.0)
+    least = {"kl_anchor": 1.0, "loss": largest}
     found = [
-        abs(left[name] - right[name]) / max(abs(left[name]), 1.0 if name == "kl_anchor" else 1e-3)
+        abs(left[name] - right[name]) / max(abs(left[name]), least.get(name, 1e-3))
         for left, right in pairs
         for name in names
         if left.get(name) is not None
