@@ -41,6 +41,17 @@ def _old_objects_are_not_searched_for_garbage():
         imports._is_package_available = functools.cache(imports._is_package_available)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _a_file_of_tests_leaves_no_module_behind(tmp_path_factory):
+    """Two files that each write a `judge.py` would otherwise share whichever a worker of the suite imported first."""
+    yield
+    root = tmp_path_factory.getbasetemp()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).is_relative_to(root):
+            del sys.modules[name]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files marked `long` first: with a file for each process, one that begins last would be waited for alone."""
