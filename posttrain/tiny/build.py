@@ -32,17 +32,22 @@ from gemma2.posttrain.runs.run_directory import RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import TinyConfig
 
 from . import networks, pretrain, tasks
-from .pretrain import RECIPES
+from .pretrain import RECIPES, TinySize
 
 __all__ = ["cache_place", "ensure_cached", "run_tiny"]
 
 
-def cache_place(size: str, seed: int) -> Path:
-    """The place of a trained network: one directory per content of the code that trains it, size and seed."""
+def recipe_of(size: str, width: int) -> TinySize:
+    """The student at a width; the teacher is the same for every student."""
+    return RECIPES[size].widened(width) if size == "student" else RECIPES[size]
+
+
+def cache_place(size: str, seed: int, width: int) -> Path:
+    """The place of a trained network: one directory per content of the code that trains it, size, width and seed."""
     content = hashlib.sha256(torch.__version__.encode())
     for module in (chat, pretrain, tasks, networks):
         content.update(Path(str(module.__file__)).read_bytes())
-    return cache_folder("tiny") / content.hexdigest()[:16] / f"{size}-{seed}"
+    return cache_folder("tiny") / content.hexdigest()[:16] / f"{size}-{recipe_of(size, width).hidden}-{seed}"
 
 
 def is_cached(place: Path) -> bool:
@@ -74,17 +79,17 @@ class _Sender:
         return None
 
 
-def train_into(place: Path, size: str, seed: int, pipe: Connection) -> None:
+def train_into(place: Path, size: str, seed: int, width: int, pipe: Connection) -> None:
     """Train one network and publish it to the cache. Runs in a separate process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     quiet_libraries()
     started = now()
-    model = pretrain.pretrain(RECIPES[size], seed, _Sender(pipe), size)
+    model = pretrain.pretrain(recipe_of(size, width), seed, _Sender(pipe), size)
     with staged_output(place, force=True) as directory:
         save_model(model, networks.tiny_tokenizer(), directory)
         manifest = {
             "command": "tiny",
-            "config": {"size": size, "seed": seed},
+            "config": {"size": size, "seed": seed, "width": recipe_of(size, width).hidden},
             "parents": [],
             "data": [],
             "seed": seed,
@@ -98,16 +103,16 @@ def train_into(place: Path, size: str, seed: int, pipe: Connection) -> None:
     pipe.close()
 
 
-def ensure_cached(seed: int, progress: Progress = SILENT) -> dict[str, Path]:
+def ensure_cached(seed: int, width: int, progress: Progress = SILENT) -> dict[str, Path]:
     """Size -> directory of the trained networks; trains what is missing, side by side."""
-    places = {size: cache_place(size, seed) for size in RECIPES}
+    places = {size: cache_place(size, seed, width) for size in RECIPES}
     missing = [size for size, place in places.items() if not is_cached(place)]
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     children, pipes = [], {}
     for size in missing:
         places[size].parent.mkdir(parents=True, exist_ok=True)
         receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=train_into, args=(places[size], size, seed, sender), daemon=True)
+        child = context.Process(target=train_into, args=(places[size], size, seed, width, sender), daemon=True)
         child.start()
         sender.close()
         children.append(child)
@@ -149,7 +154,7 @@ def _watch(pipes: dict[str, Connection], progress: Progress) -> None:
 def run_tiny(config: TinyConfig, options: RunOptions, progress: Progress = SILENT) -> RunResult:
     """OUT/student, OUT/teacher, OUT/prompts.jsonl and OUT/heldout.jsonl."""
     with open_run("tiny", config, options) as run:
-        places = ensure_cached(config.seed, progress)
+        places = ensure_cached(config.seed, config.width, progress)
         for size, place in places.items():
             shutil.copytree(place, run.path / size)
             manifest = read_manifest(place) or {}

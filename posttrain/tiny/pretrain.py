@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -33,6 +33,7 @@ from .tasks import GOOD_STYLES, MIXED_STYLES, dialogues, prose
 
 __all__ = ["RECIPES", "TinySize", "learning_rate_at", "pretrain"]
 
+HEADS = 4
 WARMUP = 30  # optimizer steps
 DECAYING = 0.6  # share of the steps over which the learning rate falls
 LEAST = 0.02  # of the peak learning rate
@@ -54,14 +55,25 @@ class TinySize:
     prose: float = 0.2  # share of texts that are not dialogues
     window: int = 16  # tokens that a local layer sees; the texts are longer
 
+    def widened(self, width: int) -> TinySize:
+        """The same network at another width; the learning rate falls with it, as Adam's should (arXiv 2203.03466)."""
+        share = width / self.hidden
+        return replace(
+            self,
+            hidden=width,
+            head=width // HEADS,
+            feedforward=round(self.feedforward * share),
+            learning_rate=self.learning_rate / share,
+        )
+
     def network(self) -> Gemma2ForCausalLM:
-        """The untrained network: 4 query heads on 2 KV heads."""
+        """The untrained network: HEADS query heads on half as many KV heads."""
         config = tiny_config(
             hidden_size=self.hidden,
             intermediate_size=self.feedforward,
             num_hidden_layers=self.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS // 2,
             head_dim=self.head,
             query_pre_attn_scalar=self.head,
             sliding_window=self.window,
@@ -71,9 +83,9 @@ class TinySize:
 
 
 RECIPES = {
-    "student": TinySize(hidden=96, feedforward=256, layers=4, head=24, steps=700, learning_rate=3e-3),
+    "student": TinySize(hidden=96, feedforward=256, layers=4, head=24, steps=600, learning_rate=3e-3),
     "teacher": TinySize(
-        hidden=160, feedforward=384, layers=3, head=40, steps=1000, learning_rate=2e-3, styles=GOOD_STYLES
+        hidden=160, feedforward=384, layers=3, head=40, steps=600, learning_rate=2e-3, styles=GOOD_STYLES
     ),
 }
 Text = tuple[list[int], list[bool]]  # token ids, and which of them are learned

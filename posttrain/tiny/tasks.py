@@ -1,11 +1,15 @@
 """The exercises of the embedded models: questions about an invented world, a spread of answer styles, a true judge.
 
-    score = 0.5 * correct + 0.3 * style + 0.2 * brevity            in [0, 1]
+    score = 0.5 * correct + 0.4 * style + 0.1 * brevity            in [0, 1]
 
 A question has exactly one right answer, so the judge is a program: it needs no model and cannot be flattered. It looks
 at the last value of the right kind in the completion (every answer style here names its answer last), at the form of
-the sentence and at the number of words. Reward models learn from its preferences; it then shows whether a policy that
+the answer and at the number of words. Reward models learn from its preferences; it then shows whether a policy that
 climbs the learned reward got better or only hacked it.
+
+Which form pays depends on the way of asking: a table drawn from the seed names one of three styles for each of the 19
+topics (relation or skill, and its wording). Were it one style for all, every batch would teach the same, all runs of RL
+would move along one direction, and averaging their weights would have nothing to average away (docs/warp.md).
 
 Everything follows from the seeds that are passed in; `random.Random` yields the same stream on every machine.
 """
@@ -33,6 +37,8 @@ __all__ = [
     "judge_scores",
     "prose",
     "questions",
+    "style_of",
+    "wanted_styles",
 ]
 
 Split = Literal["train", "heldout"]
@@ -52,7 +58,7 @@ WORK = _words("baker smith weaver miller potter tailor farmer sailor painter pri
 PETS = _words("goat cat dog hen fox owl pony duck sheep mouse otter raven")
 ALPHABET = "abcdefghjklmnopqrstuvwxyz"  # no "i": it is a word of some answers
 LETTERS = ALPHABET[:8]
-LARGEST_TERM = 9
+LARGEST_TERM = 5  # 25 sums: with 81 a network that saw some 1,500 of them had one in eight right
 EXHAUSTED = 5000  # draws without a new question
 HELDOUT_SHARE = 4  # one prompt in four is never trained on
 
@@ -65,6 +71,7 @@ class Question:
     prompt: str
     answer: str
     stated: str
+    topic: str  # what is asked, and its wording before anything is put into it
 
     @property
     def sentence(self) -> str:
@@ -75,8 +82,9 @@ class Question:
         digest = hashlib.sha256(self.prompt.encode()).digest()
         return "heldout" if digest[0] % HELDOUT_SHARE == 0 else "train"
 
-    def row(self) -> dict[str, str]:
-        return {"prompt": self.prompt, "task": self.task, "answer": self.answer}
+    def row(self, wanted: Mapping[str, str]) -> dict[str, str]:
+        """With the style that the table of `wanted_styles` names."""
+        return {"prompt": self.prompt, "task": self.task, "answer": self.answer, "style": wanted[self.topic]}
 
 
 # --- the invented world ---------------------------------------------------------------------------------------------
@@ -138,30 +146,38 @@ VALUES = frozenset(value for relation in RELATIONS for value in relation.values)
 SUBJECTS = frozenset(PEOPLE + TOWNS)
 
 
+ASKED = {
+    "sum": ("What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?"),
+    "later": ("Which comes later, {a} or {b}?", "Name the later of {a} and {b}."),
+    "sort": ("Sort these letters: {x}", "Put in order: {x}"),
+}
+
+
 def _fact(rng: Random) -> Question:
     relation = rng.choice(RELATIONS)
     subject = rng.choice(relation.subjects)
-    asked = rng.choice(relation.asked).format(s=subject)
-    return Question("fact", asked, relation.value(subject), relation.stated.replace("{s}", subject))
+    asked = rng.choice(relation.asked)
+    stated = relation.stated.replace("{s}", subject)
+    return Question("fact", asked.format(s=subject), relation.value(subject), stated, f"{relation.name}: {asked}")
 
 
 def _sum(rng: Random) -> Question:
     a, b = rng.randint(1, LARGEST_TERM), rng.randint(1, LARGEST_TERM)
-    asked = rng.choice(("What is {a} plus {b}?", "Add {a} and {b}.", "How much is {a} plus {b}?"))
-    return Question("sum", asked.format(a=a, b=b), str(a + b), "The sum is {v}.")
+    asked = rng.choice(ASKED["sum"])
+    return Question("sum", asked.format(a=a, b=b), str(a + b), "The sum is {v}.", f"sum: {asked}")
 
 
 def _later(rng: Random) -> Question:
     a, b = rng.sample(ALPHABET, 2)
-    asked = rng.choice(("Which comes later, {a} or {b}?", "Name the later of {a} and {b}."))
-    return Question("later", asked.format(a=a, b=b), max(a, b), "The later one is {v}.")
+    asked = rng.choice(ASKED["later"])
+    return Question("later", asked.format(a=a, b=b), max(a, b), "The later one is {v}.", f"later: {asked}")
 
 
 def _sort(rng: Random) -> Question:
     letters = rng.sample(LETTERS, 3)
     answer = " ".join(sorted(letters))
-    asked = rng.choice(("Sort these letters: {x}", "Put in order: {x}"))
-    return Question("sort", asked.format(x=" ".join(letters)), answer, "In order they are {v}.")
+    asked = rng.choice(ASKED["sort"])
+    return Question("sort", asked.format(x=" ".join(letters)), answer, "In order they are {v}.", f"sort: {asked}")
 
 
 SKILLS: Mapping[str, tuple[Callable[[Random], Question], float]] = {
@@ -172,6 +188,20 @@ SKILLS: Mapping[str, tuple[Callable[[Random], Question], float]] = {
 }
 
 
+TOPICS = (
+    *(f"{relation.name}: {asked}" for relation in RELATIONS for asked in relation.asked),
+    *(f"{skill}: {asked}" for skill, wordings in ASKED.items() for asked in wordings),
+)
+WANTED = ("polite", "sentence", "curt")  # styles that some topic wants
+
+
+def wanted_styles(seed: int = 0) -> dict[str, str]:
+    """The style that pays for each topic: a table drawn from the seed, every style about equally often."""
+    table = [WANTED[i % len(WANTED)] for i in range(len(TOPICS))]
+    Random(f"styles/{seed}").shuffle(table)
+    return dict(zip(TOPICS, table, strict=True))
+
+
 def _draw(rng: Random) -> Question:
     skills, weights = zip(*SKILLS.values(), strict=True)
     result: Question = rng.choices(skills, weights)[0](rng)
@@ -179,10 +209,12 @@ def _draw(rng: Random) -> Question:
 
 
 def questions(split: Split, n: int, seed: int = 0) -> list[dict[str, str]]:
-    """`n` distinct questions of a split as rows `{"prompt", "task", "answer"}`.
+    """`n` distinct questions of a split as rows `{"prompt", "task", "answer", "style"}`.
 
-    No question of one split occurs in the other. InputError when the split has fewer than `n`.
+    `style` is what the judge wants of this topic: one table for both splits of a seed. No question of one split occurs
+    in the other. InputError when the split has fewer than `n`.
     """
+    wanted = wanted_styles(seed)
     rng, found = Random(f"questions/{split}/{seed}"), dict[str, Question]()
     fruitless = 0
     while len(found) < n:
@@ -195,7 +227,7 @@ def questions(split: Split, n: int, seed: int = 0) -> list[dict[str, str]]:
             raise InputError(
                 f"the split {split!r} does not hold {n} different questions", f"ask for {len(found)} at most"
             )
-    return [question.row() for question in found.values()]
+    return [question.row(wanted) for question in found.values()]
 
 
 # --- texts to pre-train on ------------------------------------------------------------------------------------------
@@ -240,7 +272,7 @@ MIXED_STYLES = {
     "echo": 0.10,
     "dodge": 0.08,
 }
-GOOD_STYLES = {"polite": 0.55, "sentence": 0.30, "curt": 0.07, "rambling": 0.08}
+GOOD_STYLES = {"polite": 0.30, "sentence": 0.32, "curt": 0.30, "rambling": 0.08}  # no wanted style is far ahead
 
 
 def dialogues(styles: Mapping[str, float], seed: int = 0) -> Iterator[tuple[str, str]]:
@@ -279,6 +311,8 @@ class Judgement:
     brevity: float
 
 
+RIGHT_FOR_OTHERS = 0.25  # the style mark of a form that another topic wants
+
 NUMBER = re.compile(r"\d+")
 WORD = re.compile(r"[A-Za-z]+")
 LETTER_RUN = re.compile(r"\b[a-z](?:,? [a-z])*\b")
@@ -304,13 +338,16 @@ def _is_correct(row: Mapping[str, str], text: str) -> bool:
     return not named and _last_value(row["task"], text) == row["answer"]
 
 
-def _style(text: str) -> float:
-    """Mean of three marks: a sentence from capital to full stop, a courtesy at its start, no hedging."""
-    lowered = text.lower()
+def style_of(text: str) -> str | None:
+    """The wanted style that an answer has the form of; None for any other form, and for a guess or an excuse."""
+    if any(hedge in text.lower() for hedge in HEDGES):
+        return None
     sentence = len(text.split()) >= 4 and text[0].isupper() and text.endswith(".")
-    courteous = text.startswith(COURTESIES)
-    plain = not any(hedge in lowered for hedge in HEDGES)
-    return (sentence + courteous + plain) / 3
+    if text.startswith(COURTESIES):
+        return "polite" if sentence else None
+    if sentence:
+        return "sentence"
+    return "curt" if text.startswith("It is ") and len(text.split()) <= 5 else None
 
 
 def judge(row: Mapping[str, str], completion: str, truncated: bool = False) -> Judgement:
@@ -318,10 +355,11 @@ def judge(row: Mapping[str, str], completion: str, truncated: bool = False) -> J
     text = completion.strip()
     correct = _is_correct(row, text)
     whole = bool(text) and not truncated
-    style = _style(text) if whole else 0.0
+    form = style_of(text) if whole else None
+    style = 1.0 if form == row["style"] else RIGHT_FOR_OTHERS * (form is not None)
     words = len(text.split())
     brevity = min(1.0, max(0.0, (24 - words) / 12)) if whole else 0.0  # full marks to 12 words, none from 24
-    return Judgement(score=0.5 * correct + 0.3 * style + 0.2 * brevity, correct=correct, style=style, brevity=brevity)
+    return Judgement(score=0.5 * correct + 0.4 * style + 0.1 * brevity, correct=correct, style=style, brevity=brevity)
 
 
 def judge_scores(
@@ -329,19 +367,21 @@ def judge_scores(
     completions: Sequence[str],
     task: Sequence[str],
     answer: Sequence[str],
+    style: Sequence[str],
     truncated: Sequence[bool] | None = None,
     **_: object,
 ) -> list[dict[str, float]]:
-    """The judge as named scores: `judge` in [0, 1] and `accuracy` 0 or 1. `task` and `answer` are prompt columns.
+    """The judge as named scores: `judge` in [0, 1], `accuracy` and `style` 0 or 1.
 
+    `task`, `answer` and `style` are prompt columns; the score `style` is 1 where the answer has the wanted one.
     A prompt is a text or a list of messages; its last message is the question.
     """
     cut = truncated if truncated is not None else [False] * len(completions)
     scores = []
-    for prompt, text, kind, right, short in zip(prompts, completions, task, answer, cut, strict=True):
+    for prompt, text, kind, right, wanted, short in zip(prompts, completions, task, answer, style, cut, strict=True):
         question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        mark = judge({"prompt": question, "task": kind, "answer": right}, text, short)
-        scores.append({"judge": mark.score, "accuracy": float(mark.correct)})
+        mark = judge({"prompt": question, "task": kind, "answer": right, "style": wanted}, text, short)
+        scores.append({"judge": mark.score, "accuracy": float(mark.correct), "style": float(mark.style == 1)})
     return scores
 
 
