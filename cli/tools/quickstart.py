@@ -45,7 +45,7 @@ What to try next
   gemma2 merge slerp {out}/warp/iteration-1/policy-1 {out}/warp/iteration-1/policy-2 --out merged
   gemma2 eval --model merged --sft {out}/distilled --reward {out}/reward --max-new-tokens 28 \\
     --prompts {out}/models/heldout.jsonl
-  gemma2 quickstart --seed 1 --set warp.policies=4 --out {out}-4
+  gemma2 quickstart --seed 1 --set warp.iterations=3 --out {out}-3
   gemma2 sft --model {out}/models/student --data {out}/clean --max-length 96 --show-tokens 3
 With a real Gemma 2 (a directory, or its hub id) the commands are the same:
   gemma2 generate --teacher google/gemma-2-9b-it --prompts prompts.jsonl --out data

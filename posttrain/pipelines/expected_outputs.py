@@ -46,12 +46,9 @@ from .compile import Stage
 
 __all__ = ["promised_by"]
 
-# The embedded models (tiny/pretrain.py), which import torch.
-EMBEDDED = {
-    "student": Promise(POLICY, parameters=456_288, vocabulary=512, shape=("gemma2", 96, 4)),
-    "teacher": Promise(POLICY, parameters=867_360, vocabulary=512, shape=("gemma2", 160, 3)),
-}
-QUESTION_BYTES = 71.0  # of a row of their prompts
+# The embedded teacher, the same next to every student (tiny/pretrain.py has both, and imports torch).
+TEACHER = Promise(POLICY, parameters=867_360, vocabulary=512, shape=("gemma2", 160, 3))
+QUESTION_BYTES = 91.0  # of a row of their prompts
 
 
 def promised_by(stage: Stage, config: Config, sources: Sources) -> Iterator[tuple[Path, Promise]]:
@@ -63,7 +60,8 @@ def promised_by(stage: Stage, config: Config, sources: Sources) -> Iterator[tupl
         return trained(found or Promise(POLICY), kind)
 
     if isinstance(config, TinyConfig):
-        yield from ((out / name, promise) for name, promise in EMBEDDED.items())
+        yield out / "student", embedded_student(config.width)
+        yield out / "teacher", TEACHER
         for name, rows in (("prompts", config.train_prompts), ("heldout", config.heldout_prompts)):
             yield out / f"{name}.jsonl", Promise(DATA, rows=rows, size=rows * QUESTION_BYTES)
     elif isinstance(config, MergeConfig):
@@ -89,6 +87,14 @@ def promised_by(stage: Stage, config: Config, sources: Sources) -> Iterator[tupl
         yield out, MAKERS[type(config)](config, sources, like)
     else:
         yield out, Promise(stage.kind.makes)
+
+
+def embedded_student(width: int) -> Promise:
+    """The student of `gemma2 tiny` at a width: 4 layers, a vocabulary of 512, KV heads half as wide as the queries."""
+    layers, vocabulary, feedforward = 4, 512, round(width * 8 / 3)
+    layer = 3 * width * width + 3 * width * feedforward + 4 * width  # attention, MLP, norms
+    parameters = vocabulary * width + layers * layer + width
+    return Promise(POLICY, parameters=parameters, vocabulary=vocabulary, shape=("gemma2", width, layers))
 
 
 def trained(start: Promise, kind: str | None) -> Promise:

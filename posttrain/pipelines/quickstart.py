@@ -28,7 +28,7 @@ __all__ = ["quickstart_pipeline", "run_quickstart", "shown_rows"]
 
 UNITS = {
     "reward": "score of the reward model", "kl": "nats per answer, to the policy from which RL started",
-    "judge": "score of the judge, 0 to 1", "accuracy": "share", "length": "tokens",
+    "judge": "score of the judge, 0 to 1", "accuracy": "share", "style": "share", "length": "tokens",
 }  # fmt: skip
 
 

@@ -54,6 +54,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "greater_than_equal": ("is below {ge}", "give a number{limits}"),
     "less_than": ("is not below {lt}", "give a number{limits}"),
     "less_than_equal": ("is above {le}", "give a number{limits}"),
+    "multiple_of": ("is not a multiple of {multiple_of}", "give a number{limits}"),
 }
 OTHER = ("does not fit", "{description}")
 VARIABLE = re.compile(r"\$\{(vars\.[\w.]+)\}")  # of a pipeline file

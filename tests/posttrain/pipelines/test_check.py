@@ -1,5 +1,6 @@
 """A pipeline is checked whole before anything runs, without torch: files, kinds, vocabularies, architectures, disk."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.pipelines import check
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
+from gemma2.posttrain.pipelines.expected_outputs import QUESTION_BYTES, promised_by
+from gemma2.posttrain.planning.estimates import Sources
 
 
 @pytest.fixture
@@ -146,14 +149,32 @@ def test_a_value_that_is_found_out_later_is_no_error_now(place):
     assert [one.action for one in plan.stages.values()] == ["run"] * 3
 
 
-def test_the_embedded_models_are_what_they_are_said_to_be(tmp_path):
+@pytest.mark.parametrize("width", [32, 96, 160, 192])
+def test_the_embedded_models_are_what_they_are_said_to_be(tmp_path, width):
+    """Next to the networks themselves, at the default width and at others."""
     from gemma2.posttrain.checks.kinds import look_at
-    from gemma2.posttrain.pipelines.expected_outputs import EMBEDDED
-    from gemma2.posttrain.tiny.pretrain import RECIPES
+    from gemma2.posttrain.tiny.build import recipe_of
 
-    for name, recipe in RECIPES.items():
-        recipe.network().save_pretrained(tmp_path / name)
-        assert replace(look_at(tmp_path / name), tokenizer=None) == EMBEDDED[name]
+    expected = compiled({"models": stage("tiny", width=width)}, tmp_path / "out").stages["models"]
+    promised = {path.name: promise for path, promise in promised_by(expected, expected.config(), Sources())}
+    for name in ("student", "teacher"):
+        recipe_of(name, width).network().save_pretrained(tmp_path / name)
+        assert replace(look_at(tmp_path / name), tokenizer=None) == promised[name]
+    assert promised["student"].shape == ("gemma2", width, 4)
+
+
+def test_a_student_of_another_width_is_not_merged_with_one_of_the_default(tmp_path):
+    models = ["${small.out}/student", "${large.out}/student"]
+    with pytest.raises(InputError, match=r"width 192.*width 96"):
+        checked(tmp_path, small=stage("tiny"), large=stage("tiny", width=192), a=stage("merge linear", models=models))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_size_of_the_embedded_prompts_is_about_what_it_is_said_to_be(seed):
+    from gemma2.posttrain.tiny.tasks import questions
+
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in questions("train", 500, seed)]
+    assert sum(map(len, rows)) / len(rows) == pytest.approx(QUESTION_BYTES, rel=0.05)
 
 
 def test_too_little_disk_is_a_line_of_the_plan(place, monkeypatch):
@@ -169,13 +190,16 @@ import sys, time
 from pathlib import Path
 from gemma2.posttrain.pipelines.check import check_pipeline
 from gemma2.posttrain.pipelines.compile import compile_pipeline, read_pipeline
+from gemma2.posttrain.pipelines.expected_outputs import QUESTION_BYTES, promised_by
+from gemma2.posttrain.planning.estimates import Sources
 pipeline = compile_pipeline(read_pipeline(Path(sys.argv[1])), Path(sys.argv[2]))
 print(len(check_pipeline(pipeline).stages), "torch" in sys.modules, "transformers" in sys.modules)
 """
     code, out, err = finish(start(script, recipes()["quickstart"], tmp_path / "out"))
     assert code == 0, err
-    assert out.split() == ["19", "False", "False"]
-    assert len(compile_pipeline(read_pipeline(recipes()["quickstart"]), tmp_path).stages) == 19
+    # 7 up to the reward model, 2 iterations of 4 policies, slerp, init and front, the last front, the chosen model.
+    assert out.split() == ["23", "False", "False"]
+    assert len(compile_pipeline(read_pipeline(recipes()["quickstart"]), tmp_path).stages) == 23
 
 
 def test_an_output_that_looks_like_a_hub_id_is_none(place, monkeypatch):

@@ -692,16 +692,16 @@ def merged(config: Any, room: Room) -> object:
 
 
 def made_prompts(config: Any, room: Room) -> object:
-    """The files of `gemma2 tiny` and the seed of its models, which are not trained."""
+    """The files of `gemma2 tiny`, and the seed and the width of its models, which are not trained."""
     from gemma2.posttrain.tiny import build
 
-    seeds: list[int] = []
+    asked: list[tuple[int, int]] = []
     with (
         light_runs(build, room),
-        patch.object(build, "ensure_cached", lambda seed, progress: (seeds.append(seed), {})[1]),
+        patch.object(build, "ensure_cached", lambda seed, width, progress: (asked.append((seed, width)), {})[1]),
     ):
         result = build.run_tiny(config, room.out())
-    return seeds, files(result.out)
+    return asked, files(result.out)
 
 
 def scored_rows(config: Any, room: Room) -> object:

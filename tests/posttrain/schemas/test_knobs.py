@@ -308,7 +308,7 @@ cases(
     after=("first",), when="${first.summary.x} < 1", retries=2, resources={"cpus": 3},
 )  # fmt: skip
 cases("Resources", probes.compiled_resources, cpus=3, gpus=2)
-cases("TinyConfig", probes.made_prompts, train_prompts=9, heldout_prompts=9, seed=5)
+cases("TinyConfig", probes.made_prompts, train_prompts=9, heldout_prompts=9, width=64, seed=5)
 cases(
     "RewardScoreConfig", probes.scored_rows, data="{root}/other.jsonl", model="other", column="mine", max_length=99,
     batch_size=5, shard_rows=3, limit=2,
