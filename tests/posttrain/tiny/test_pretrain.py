@@ -105,5 +105,5 @@ def test_the_student_half_knows_its_skills_and_the_teacher_knows_them_better():
         drawn = sample(pretrain(recipe), prompts, SamplingParams(max_new_tokens=32), chat.stop_ids, 0)
         marks = [judge(row, chat.decode(ids)).correct for row, ids in zip(rows, drawn.ids, strict=True)]
         accuracy[size] = sum(marks) / len(marks)
-    assert 0.3 < accuracy["student"] < 0.8  # 0.703 on one processor, less on another
+    assert 0.3 < accuracy["student"] < 0.8  # 0.625 on one processor, and 0.836 for the teacher
     assert accuracy["teacher"] > accuracy["student"] + 0.1

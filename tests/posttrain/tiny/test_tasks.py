@@ -231,7 +231,8 @@ def test_the_score_is_the_sum_that_the_docstring_gives(text, marks):
 
 
 @pytest.mark.parametrize(
-    ("style", "marks"), [("polite", [1.0, 0.25, 0.25, 0]), ("sentence", [0.25, 1.0, 0.25, 0]), ("curt", [0.25, 0.25, 1.0, 0])]
+    ("style", "marks"),
+    [("polite", [1.0, 0.25, 0.25, 0]), ("sentence", [0.25, 1.0, 0.25, 0]), ("curt", [0.25, 0.25, 1.0, 0])],
 )
 def test_the_style_mark_depends_on_the_style_that_the_row_wants(style, marks):
     texts = ["Gladly. The sum is 7.", "The sum is 7.", "It is 7", "7"]

@@ -1,0 +1,87 @@
+"""bench/effect.py: the rule by which the quickstart shows what merging adds, and the figures that it reads."""
+
+import json
+import sys
+
+import pytest
+from processes import ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+import effect
+
+UP, FLAT, DOWN = (0.3, 0.1), (0.2, 0.1), (-0.3, 0.1)  # +3 errors, exactly +2 errors, -3 errors
+
+
+def seeds(reward, judge=None):
+    """Rows of (reward, judge, accuracy), one per seed; the accuracy falls throughout and decides nothing."""
+    return [[a, b, DOWN] for a, b in zip(reward, judge or [UP] * len(reward), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "holds"),
+    [
+        ([UP] * 10, True),
+        ([UP] * 8 + [DOWN] * 2, True),  # 8 of 10 are enough, whatever the other two are
+        ([UP] * 7 + [DOWN] * 3, False),
+        ([UP] * 8 + [FLAT] * 2, True),
+        ([UP] * 7 + [FLAT] * 3, False),  # two errors are not more than two errors
+        ([(0.21, 0.1)] * 8 + [DOWN] * 2, True),
+        ([(0.9, 0.5)] * 10, False),  # +1.8 errors on every seed: certain over all, but not by the rule
+        ([UP] * 4 + [DOWN], True),  # 4 of 5
+        ([UP] * 3 + [DOWN] * 2, False),
+        ([UP] * 3, True),
+        ([UP] * 2 + [DOWN], False),  # 2 of 3 are less than 0.8
+    ],
+)
+def test_the_reward_must_be_two_errors_up_on_eight_seeds_of_ten(rewards, holds):
+    assert effect.shows(seeds(rewards)) is holds
+
+
+@pytest.mark.parametrize(
+    ("judges", "holds"),
+    [
+        ([UP] * 8 + [(-0.1, 0.1)] * 2, True),
+        ([UP] * 7 + [(-0.1, 0.1)] * 3, False),  # above zero on 7 only
+        ([UP] * 7 + [(0.001, 0.1)] + [(-0.1, 0.1)] * 2, True),  # just above zero counts
+        ([UP] * 7 + [(0.0, 0.1)] * 3, False),  # zero is not above zero
+        # The mean over ten: 8 x 0.1 / 10 = 0.08, its error 0.1 x sqrt(10) / 10 = 0.032: 2.5 errors.
+        ([(0.1, 0.1)] * 8 + [(0.0, 0.1)] * 2, True),
+        # 8 x 0.075 / 10 = 0.06, 1.9 errors of 0.032.
+        ([(0.075, 0.1)] * 8 + [(0.0, 0.1)] * 2, False),
+        # Eight small gains and two large losses: (8 x 0.1 - 2 x 0.5) / 10 is below zero.
+        ([(0.1, 0.01)] * 8 + [(-0.5, 0.01)] * 2, False),
+    ],
+)
+def test_the_judge_must_be_above_zero_on_eight_seeds_of_ten_and_by_two_errors_over_all(judges, holds):
+    assert effect.shows(seeds([UP] * 10, judges)) is holds
+
+
+def test_the_gain_of_merging_is_read_from_the_summary(tmp_path):
+    chosen = {"label": "SLERP 2", "single": "RL 1.2"}
+    for number, metric in enumerate(effect.METRICS, start=1):
+        chosen |= {f"{metric}_over_single": number / 10, f"{metric}_over_single_se": number / 100}
+    (tmp_path / "summary.json").write_text(json.dumps({"chosen": chosen, "rows": []}))
+    assert effect.over_single(tmp_path) == [(0.1, 0.01), (0.2, 0.02), (0.3, 0.03)]
+
+
+def test_a_gain_has_the_error_of_both_figures():
+    after, before = {"reward": 5.0, "reward_se": 0.3}, {"reward": 2.0, "reward_se": 0.4}
+    assert effect.gain(after, before, "reward") == pytest.approx((3.0, 0.5))
+
+
+def test_the_seed_of_the_calibration_is_not_among_the_seeds_that_are_measured(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["effect.py", "--help"])
+    with pytest.raises(SystemExit):
+        effect.main()
+    assert "--at-once" in capsys.readouterr().out
+    asked = []
+    monkeypatch.setattr(sys, "argv", ["effect.py"])
+
+    def measured(gemma2, directory, seed):
+        asked.append((seed, directory.name))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(effect, "timed", measured)
+    with pytest.raises(KeyboardInterrupt):
+        effect.main()
+    assert asked[:1] == [(0, "seed-0")] and (99, "seed-99") not in asked
