@@ -84,4 +84,5 @@ def test_the_seed_of_the_calibration_is_not_among_the_seeds_that_are_measured(mo
     monkeypatch.setattr(effect, "timed", measured)
     with pytest.raises(KeyboardInterrupt):
         effect.main()
-    assert asked[:1] == [(0, "seed-0")] and (99, "seed-99") not in asked
+    assert (0, "seed-0") in asked
+    assert {seed for seed, _ in asked} <= set(range(10))

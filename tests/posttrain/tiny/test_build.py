@@ -39,7 +39,7 @@ class Here:
         self.Pipe = multiprocessing.Pipe
         monkeypatch.setattr(build.multiprocessing, "get_context", lambda method: self)
 
-    def Process(self, target, args, daemon):  # noqa: N802, as multiprocessing has it
+    def Process(self, target, args, daemon):
         return Started(self, target, args)
 
 
@@ -50,7 +50,7 @@ class Started:
         self.context, self.target, self.args = context, target, args
 
     def start(self):
-        place, size, _, width, _ = self.args
+        _, size, _, width, _ = self.args
         self.context.trained.append((size, width))
         before = signal.getsignal(signal.SIGINT)
         self.target(*self.args)
