@@ -6,8 +6,8 @@ AdamW, linear warm-up, constant, linear decay over the last 60 % of the steps; b
 in fp32 the result is a function of the recipe alone on one machine and torch build; another processor may round
 differently and end with other bytes.
 
-The student sees every answer style, unwanted ones too; the teacher is larger, sees mostly good ones
-and trains longer. Deviations from the Gemma 2 report (section 3): its 2B and 9B are distilled, these are not; questions
+The student sees every answer style, unwanted ones too; the teacher is larger and sees nearly only the three that some
+topic wants. Deviations from the Gemma 2 report (section 3): its 2B and 9B are distilled, these are not; questions
 are not targets here, since which question comes next cannot be learned and small batches are better spent on answers.
 """
 
