@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +13,8 @@ from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option
 
 if TYPE_CHECKING:
-    from gemma2.merging.inspect.difference import Difference
+    from gemma2.merging.inspect.difference import Difference, ModelDifference
+    from gemma2.posttrain.checks.merging_gain import PolicyAngle
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -35,6 +36,15 @@ def _row(group: Difference) -> dict[str, object]:
     tasks = group.norm_base is not None
     columns = FIRST | (TASK_VECTORS if tasks else WEIGHTS) | NORMS | (TASK_NORMS if tasks else {}) | LAST
     return {title: values[name] for name, title in columns.items()}
+
+
+def _angle_of_runs(found: ModelDifference) -> PolicyAngle | None:
+    """The angle and noise scale of two RL runs from one base; None for other models."""
+    if found.base is None:
+        return None
+    from gemma2.posttrain.checks.merging_gain import angle_of_runs
+
+    return angle_of_runs(found.a, found.b, found.base, replace(found, granularity="layer").groups)
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
@@ -104,12 +114,16 @@ def diff(
         console.note(line)
     for line in found.warnings:
         console.warn(line)
+    runs = _angle_of_runs(found)
+    if runs is not None:
+        console.note(runs.statement())
     if plot is not None:
         from gemma2.posttrain.reports.plots.heatmap import write_heat_map
 
         write_heat_map(found, plot, force)
     if as_json:
-        console.json(found.as_dict() | ({"plot": str(plot)} if plot else {}))
+        more = {"runs": runs.as_dict()} if runs is not None else {}
+        console.json(found.as_dict() | more | ({"plot": str(plot)} if plot else {}))
         return
     groups = found.groups if len(found.groups) <= MOST_ROWS else ()
     console.table([_row(group) for group in (*groups, found.total)])

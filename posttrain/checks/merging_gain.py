@@ -10,9 +10,11 @@ vectors are about 90 degrees apart after a million completions (WARP, arXiv 2406
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
@@ -22,9 +24,20 @@ from gemma2.posttrain.schemas import TinyConfig, WarpConfig
 
 from .noise_scale import completions_for, expected_angle, mean_norm, noise_scale_of, noise_share
 
+if TYPE_CHECKING:
+    from gemma2.merging.inspect.difference import Difference
+
 Setting = int | tuple[int, ...]
 
-__all__ = ["Measured", "completions_of", "is_embedded", "low_gain", "measured_angle", "settings_for"]
+__all__ = [
+    "PolicyAngle",
+    "angle_of_runs",
+    "completions_of",
+    "is_embedded",
+    "low_gain",
+    "measured_angle",
+    "settings_for",
+]
 
 NARROW = 55.0  # degrees; at 54.8 merging two policies gained a third of what it did at 70 (docs/warp.md)
 WIDE = 70.0  # degrees that the advice aims at
@@ -89,7 +102,7 @@ def changed(config: WarpConfig, settings: Mapping[str, Setting]) -> WarpConfig:
 
 
 def settings_for(config: WarpConfig, noise: float) -> dict[str, Setting] | None:
-    """The settings to change so that task vectors are WIDE degrees apart or more; None if there are none.
+    """The settings to change so that task vectors are WIDE degrees apart or more; None for lack of any.
 
     Fewer prompts per step come first, then two samples per prompt, the smallest group, and then fewer steps: the length
     of a run is kept where it can be. Every process of an RL run keeps an equal share of the prompts.
@@ -132,7 +145,7 @@ def is_embedded(model: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Measured:
+class PolicyAngle:
     """The angle of an iteration's task vectors in the transformer blocks, in degrees, and what it says."""
 
     angle: float
@@ -173,7 +186,34 @@ class Measured:
         )
 
 
-def measured_angle(config: WarpConfig, merge: JsonMapping) -> Measured | None:
+def angle_of_runs(a: Path, b: Path, base: Path, groups: Sequence[Difference]) -> PolicyAngle | None:
+    """The angle of two models' task vectors; None unless both are RL runs from `base` with equally many completions.
+
+    groups  the comparison of a and b by layers, with the base
+    """
+    counts = {_completions_from(place, base) for place in (a, b)}
+    angles = [one.task_angle for one in groups if "layers." in one.group and one.task_angle is not None]
+    (count, *others) = counts
+    return PolicyAngle(sum(angles) / len(angles), count) if count and angles and not others else None
+
+
+def _completions_from(place: Path, base: Path) -> int | None:
+    """Completions of a complete RL run from `base`, by its manifest; None for a model that is not one."""
+    try:
+        manifest = read_manifest(place) or {}
+    except InputError:  # an edited or cut manifest is not a reason to refuse a comparison of weights
+        return None
+    config, parents = manifest.get("config"), manifest.get("parents")
+    if manifest.get("command") != "rlhf" or not isinstance(config, Mapping) or not isinstance(parents, list):
+        return None
+    starts = [str(one.get("path")) for one in parents if isinstance(one, Mapping) and one.get("role") == "policy"]
+    counts = [value for key in ("steps", "prompts_per_step", "n") if isinstance(value := config.get(key), int)]
+    if [os.path.normpath(place.resolve() / one) for one in starts] != [str(base.resolve())]:
+        return None
+    return math.prod(counts) if len(counts) == 3 else None
+
+
+def measured_angle(config: WarpConfig, merge: JsonMapping) -> PolicyAngle | None:
     """The angle of iteration 1 from the report of its SLERP; None if its blocks have no angle.
 
     The mean over the blocks of the mean over pairs of policies. The embedding and the final norm are left out, as in
@@ -184,4 +224,4 @@ def measured_angle(config: WarpConfig, merge: JsonMapping) -> Measured | None:
         for group in merge.get("groups") or ()
         if "layers." in str(group.get("group")) and isinstance(group.get("angle"), int | float)
     ]
-    return Measured(sum(angles) / len(angles), completions_of(config, 1)) if angles else None
+    return PolicyAngle(sum(angles) / len(angles), completions_of(config, 1)) if angles else None

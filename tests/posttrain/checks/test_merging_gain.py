@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from light_model import light_model
@@ -14,7 +15,7 @@ from light_model import light_model
 from gemma2.cli.app import invoke
 from gemma2.configs import recipes
 from gemma2.core.yaml_files import read_documents
-from gemma2.posttrain.checks.merging_gain import Measured, is_embedded, low_gain, measured_angle
+from gemma2.posttrain.checks.merging_gain import PolicyAngle, angle_of_runs, is_embedded, low_gain, measured_angle
 from gemma2.posttrain.checks.noise_scale import (
     completions_for,
     expected_angle,
@@ -161,7 +162,7 @@ def test_the_measured_angle_is_that_of_the_blocks():
     }
     config = warp(steps=(60, 10), prompts_per_step=2, n=2)
     found = measured_angle(config, merge)
-    assert found == Measured(60.0, 240)
+    assert found == PolicyAngle(60.0, 240)
     assert found.as_dict() == {"angle": 60.0, "angle_completions": 240, "noise_scale": 240.0}
     assert found.statement().endswith("a noise scale of 240; give the next run --noise-scale 240")
     assert measured_angle(config, {"groups": merge["groups"][:1]}) is None
@@ -169,8 +170,8 @@ def test_the_measured_angle_is_that_of_the_blocks():
 
 def test_a_measured_angle_is_warned_of_below_55_degrees_with_advice_that_holds():
     config = warp(steps=(60,), prompts_per_step=8, n=4)
-    assert Measured(55.0, 1920).warning(config) is None
-    narrow = Measured(50.0, 1920)
+    assert PolicyAngle(55.0, 1920).warning(config) is None
+    narrow = PolicyAngle(50.0, 1920)
     line = narrow.warning(config)
     assert line is not None and line.startswith("task vectors are 50.0 degrees apart: ")
     better = advised(config, line)
@@ -178,10 +179,31 @@ def test_a_measured_angle_is_warned_of_below_55_degrees_with_advice_that_holds()
 
 
 def test_a_right_angle_has_no_noise_scale():
-    found = Measured(91.0, 240)
+    found = PolicyAngle(91.0, 240)
     assert found.as_dict()["noise_scale"] is None
     assert "--noise-scale" not in found.statement()
     assert found.warning(warp()) is None
+
+
+def rl_run(place: Path, base: str, steps: int = 60) -> Path:
+    manifest(place, "rlhf", steps=steps, prompts_per_step=2, n=2)
+    path = place / "gemma2.json"
+    content = json.loads(path.read_text()) | {"parents": [{"role": "policy", "path": base, "weights": "x"}]}
+    path.write_text(json.dumps(content))
+    return place
+
+
+def test_two_models_have_a_noise_scale_only_as_rl_runs_from_the_base_with_equal_completions(tmp_path):
+    sft = manifest(tmp_path / "sft", "sft")
+    a, b = rl_run(tmp_path / "a", "../sft"), rl_run(tmp_path / "b", "../sft")
+    groups = [SimpleNamespace(group=name, task_angle=angle) for name, angle in (("layers.0", 60.0), ("norm", 9.0))]
+    assert angle_of_runs(a, b, sft, groups) == PolicyAngle(60.0, 240)
+    assert angle_of_runs(a, rl_run(tmp_path / "longer", "../sft", 61), sft, groups) is None
+    assert angle_of_runs(a, rl_run(tmp_path / "elsewhere", "../a"), sft, groups) is None
+    assert angle_of_runs(a, sft, sft, groups) is None
+    assert angle_of_runs(a, b, sft, groups[1:]) is None
+    (b / "gemma2.json").write_text("{")
+    assert angle_of_runs(a, b, sft, groups) is None
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
