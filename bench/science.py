@@ -1,29 +1,25 @@
-"""WARP's findings in miniature: one pipeline over several seeds on the embedded models, and a table beside the paper.
+"""WARP's findings in miniature: one pipeline over several seeds on the embedded models, and a table with the paper's.
 
-    python bench/science.py [--seeds 0 1 2] [--jobs 2] [--out runs/science]
+    python bench/science.py [--seeds 0 1 2] [--width 96] [--jobs 2] [--out runs/science]
 
-The paper is WARP, arXiv 2406.16768. The seeds are fixed beforehand; a seed draws everything: models, teacher data, SFT,
-reward model, RL. Settings are those of configs/quickstart.yaml, read from that file and chosen earlier for another
-purpose; mu * steps is 3. None was tried here. What differs from the recipe, decided before any result was seen:
+The paper is WARP, arXiv 2406.16768. The seeds are fixed beforehand; a seed draws everything: models, the styles that
+are wanted, teacher data, SFT, reward model, RL. The chain up to the reward model is that of configs/quickstart.yaml;
+RL has the settings of CHOSEN, calibrated on seed 99 without computing a finding (docs/log.md, 2026-11-30). RL starts
+from the distilled policy, to which KL is measured. At another width every learning rate falls as the width grows.
 
-1. No distillation, to fit 15 minutes on two cores: RL starts from the SFT policy, which the paper's does too.
-2. RL runs measure themselves at the start and the end only, on 8 prompts, and keep no checkpoints: none of it changes
-   a weight.
+Of every seed, after the chain of the recipe up to the reward model:
 
-Of every seed, beside the chain of the recipe up to the reward model:
-
-    iteration-1/policy-1 .. 4           RL with the EMA anchor, each from the SFT policy with a seed of its own
+    iteration-1/policy-1 .. 4           RL with the EMA anchor, each from the distilled policy with another seed
     iteration-1/slerp, linear, slerp-4  SLERP and plain average of the first two, SLERP of all four
-    iteration-1/init                    LITI from the SFT policy towards slerp
+    iteration-1/init                    LITI from the distilled policy towards slerp
     iteration-2/policy-1, 2, slerp      RL from that init, and their merge
-    fixed/policy-1, 2                   the first two of iteration 1 again, with the SFT policy as their anchor
-    path/ema-1/step-10 ...              policy-1 and 2 with either anchor, ended at STOPS
+    fixed/policy-1, 2                   the first two of iteration 1 again, with the distilled policy as their anchor
+    long/policy                         one run of as many steps as the four of both iterations
     measured/...                        `gemma2 pareto`: what is compared, and five eta lines, on the same held-out
                                         prompts with common random numbers
 
-The trajectory of a run is made of runs with fewer steps and the same seed. The learning rate is constant after its
-warm-up, so that such a run is the beginning of the longer one; that the last step of each has the same figures as that
-step of the long run is checked. M = 1 is policy-1, M = 2 slerp, M = 4 slerp-4, each with the line from the SFT policy.
+The trajectory of a run is what it measured of itself 19 times on the way, on the prompts and the random numbers of the
+fronts. M = 1 is policy-1, M = 2 slerp, M = 4 slerp-4, each with the line from the distilled policy.
 
 Findings, errors and the rule by which a claim holds are in findings.py, the table that came out is in docs/warp.md. It
 is no test: the exit code is 0 whatever holds. A run that was interrupted goes on; a finished one is only read.
@@ -32,9 +28,9 @@ is no test: the exit code is 0 whatever holds. A run that was interrupted goes o
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +46,8 @@ from findings import (
     ONE,
     RUNS,
     SECOND,
+    START,
+    STEPS,
     TWO,
     Finding,
     Floats,
@@ -57,6 +55,7 @@ from findings import (
     left_out,
     over_seeds,
     path,
+    steps_of,
     stop,
     stops_of,
 )
@@ -76,20 +75,22 @@ from gemma2.posttrain.schemas import PipelineFile, Resources, StageFile, WarpCon
 from gemma2.posttrain.schemas.config import validated
 
 SEEDS = (0, 1, 2)
-CHAIN = ("models", "data", "clean", "sft", "pairs", "reward")  # of the recipe
+CHAIN = ("models", "data", "clean", "sft", "distilled", "pairs", "reward")  # of the recipe
 USED = ("policy-1", "policy-2", "policy-3", "policy-4", "slerp", "init")  # of Algorithm 1's stages
+CHOSEN = {"steps": STEPS, "learning_rate": 3e-4, "beta": 0.5, "mu": 20 / STEPS, "eta": 0.5}
+WIDTH = 96  # of the quickstart's student
 
 
 # --- the pipeline ---------------------------------------------------------------------------------------------------
 
 
-def pipeline_of(seeds: Sequence[int], root: Path) -> Pipeline:
+def pipeline_of(seeds: Sequence[int], root: Path, width: int = WIDTH) -> Pipeline:
     """The stages of all seeds, one thread each."""
-    stages = {f"seed-{seed}/{name}": stage for seed in seeds for name, stage in stages_of(seed).items()}
+    stages = {f"seed-{seed}/{name}": stage for seed in seeds for name, stage in stages_of(seed, width).items()}
     return compile_pipeline(PipelineFile(stages=stages, resources=Resources(cpus=1)), root)
 
 
-def stages_of(seed: int) -> dict[str, StageFile]:
+def stages_of(seed: int, width: int = WIDTH) -> dict[str, StageFile]:
     """The stages of one seed, by the names above; their references have the seed's folder in front."""
     prefix = f"seed-{seed}/"
     recipe = read_pipeline(recipes()["quickstart"], [f"vars.seed={seed}"])
@@ -97,12 +98,19 @@ def stages_of(seed: int) -> dict[str, StageFile]:
     def own(reference: str) -> Any:
         if reference.startswith("vars."):
             return lookup(recipe.vars, reference.split(".")[1:], reference)
-        return f"${{{prefix}{reference.replace('distilled', 'sft')}}}"
+        return f"${{{prefix}{reference}}}"
 
     chain = {name: recipe.stages[name] for name in CHAIN}
     found = {name: _with(stage, **replaced(stage.options, own)) for name, stage in chain.items()}
-    found |= _trained({**replaced(recipe.stages["warp"].options, own), "compare": []}, prefix)
-    return found
+    found["models"] = _with(found["models"], width=width)
+    found |= _trained({**replaced(recipe.stages["warp"].options, own), **CHOSEN, "compare": []}, prefix)
+    return {name: _narrower(stage, WIDTH / width) for name, stage in found.items()}
+
+
+def _narrower(stage: StageFile, share: float) -> StageFile:
+    """With the learning rate that suits another width: Adam's falls as the width grows."""
+    rate = stage.options.get("learning_rate")
+    return stage if rate is None or share == 1 else _with(stage, learning_rate=float(rate) * share)
 
 
 def _trained(warp: Mapping[str, Any], prefix: str) -> dict[str, StageFile]:
@@ -115,9 +123,14 @@ def _trained(warp: Mapping[str, Any], prefix: str) -> dict[str, StageFile]:
     found[LERP] = StageFile(command="merge linear", options={"models": found[TWO].options["models"]})
     for m in (1, 2):
         found[f"fixed/policy-{m}"] = _with(found[f"iteration-1/policy-{m}"], anchor="sft")
-    found |= {stop(run, t): _with(found[long], steps=t) for run, long in RUNS.items() for t in stops_of(run)}
-    quiet = {"eval_every": 10_000, "eval_prompts": 8, "save_every": 10_000}
-    found = {name: _with(stage, **quiet) if stage.command == "rlhf" else stage for name, stage in found.items()}
+    first = found[ONE].options
+    found[RUNS["long"]] = _with(found[ONE], steps=steps_of(RUNS["long"]), seed=first["seed"] + 50)
+    rare = {"eval_every": 10_000, "eval_prompts": 8, "save_every": 10_000}
+    for name, stage in found.items():
+        if name in RUNS.values():
+            found[name] = _with(stage, eval_every=stops_of(name)[0], save_every=10_000)
+        elif stage.command == "rlhf":
+            found[name] = _with(stage, **rare)
     return found | dict(_measured(iterated["iteration-1/front"], found, prefix))
 
 
@@ -127,16 +140,15 @@ def _with(stage: StageFile, **options: Any) -> StageFile:
 
 def _measured(front: StageFile, stages: Mapping[str, StageFile], prefix: str) -> Iterator[tuple[str, StageFile]]:
     """A front for each line, and every other policy in one of them, so that they take about as long."""
-    paths = {kind: [name for name in stages if name.startswith(f"path/{kind}")] for kind in ("ema", "fixed")}
-    beside = {
+    others = {
         ONE: ["iteration-1/policy-2"],
-        TWO: paths["ema"],
-        LERP: paths["fixed"],
-        FOUR: [name for name in RUNS.values() if name.startswith("fixed")],
-        SECOND: [],
+        TWO: ["iteration-1/policy-3"],
+        LERP: ["iteration-1/policy-4"],
+        FOUR: ["fixed/policy-1", "fixed/policy-2"],
+        SECOND: [RUNS["long"]],
     }
-    for end, others in beside.items():
-        policies = [f"${{{prefix}{name}.out}}" for name in (end, *others)]
+    for end, more in others.items():
+        policies = [f"${{{prefix}{name}.out}}" for name in (end, *more)]
         yield f"measured/{end.replace('/', '-')}", _with(front, merged=policies[0], policies=policies)
 
 
@@ -155,6 +167,13 @@ def read_seed(folder: Path) -> Seed:
             place = candidate.models[-1].path.relative_to(folder.resolve()).as_posix()
             key = (place, candidate.eta) if candidate.kind == "line" else place
             kl[key], reward[key] = values
+            for point in entry.trajectory:
+                measured = [np.asarray(point["values"][name], dtype=np.float64) for name in ("kl", "reward")]
+                kl[stop(place, point["step"])], reward[stop(place, point["step"])] = measured
+    for run in RUNS.values():
+        missing = [step for step in stops_of(run) if stop(run, step) not in kl]
+        if missing:
+            raise SystemExit(f"{folder / run} has no evaluation that is made as the fronts are at step {missing[0]}")
     means = [left_out(np.stack(list(values.values()))) for values in (kl, reward)]
     return Seed({name: column for column, name in enumerate(kl)}, means[0], means[1], geometry_of(folder))
 
@@ -178,7 +197,7 @@ def geometry_of(folder: Path) -> dict[str, float]:
 
 
 def _compared(folder: Path, a: str, b: str) -> tuple[Difference, ...]:
-    return diff_models(folder / a, folder / b, base=folder / "sft").groups
+    return diff_models(folder / a, folder / b, base=folder / START).groups
 
 
 def _blocks(groups: Sequence[Difference]) -> list[Difference]:
@@ -188,22 +207,6 @@ def _blocks(groups: Sequence[Difference]) -> list[Difference]:
 def _mean(values: Iterator[float | None]) -> float:
     found = [value for value in values if value is not None]
     return sum(found) / len(found)
-
-
-def check_beginnings(folder: Path) -> None:
-    """Stop where a short run is not the beginning of its long one. Compared: every figure of its last step."""
-    for run, long in RUNS.items():
-        for step in stops_of(run):
-            rows = [_step(folder / name, step) for name in (stop(run, step), long)]
-            if rows[0] != rows[1]:
-                raise SystemExit(f"{folder / stop(run, step)} is not the beginning of {long}: {rows[0]}, {rows[1]}")
-
-
-def _step(policy: Path, step: int) -> dict[str, Any]:
-    """The figures of a training step; an epoch is as long as the run."""
-    rows = map(json.loads, (policy / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    row = next(row for row in rows if row["step"] == step and row.get("kind") != "eval")
-    return {key: value for key, value in row.items() if key != "epoch"}
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -285,28 +288,41 @@ def cpu_seconds() -> float | None:
     return total
 
 
+def commit() -> str:
+    """The commit of this checkout, with a plus where files differ from it; "unknown" without git."""
+    root = Path(__file__).resolve().parent
+    try:
+        found, changed = (
+            subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+            for words in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found + ("+" if changed else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--width", type=int, default=WIDTH, help="hidden size of the student: 96, 192, 384")
     parser.add_argument("--jobs", type=int, default=2, help="stages at once, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/science"))
     parser.add_argument("--quiet", action="store_true", help="no line per stage on stderr")
     options = parser.parse_args()
     started = time.monotonic()
-    pipeline = pipeline_of(options.seeds, options.out)
+    pipeline = pipeline_of(options.seeds, options.out, options.width)
     announcer = Announcer(Console(quiet=options.quiet), len(pipeline.stages))
     result = run_pipeline(pipeline, LocalExecutor(options.jobs), observer=announcer)
     spent = cpu_seconds()
     folders = {seed: options.out / f"seed-{seed}" for seed in options.seeds}
-    for folder in folders.values():
-        check_beginnings(folder)
     seeds = {seed: read_seed(folder) for seed, folder in folders.items()}
     text = table(FINDINGS, seeds)
     draw(seeds, options.out / "science")
-    (options.out / "science.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
     told = "" if spent is None else f", {spent:.0f} CPU seconds"
-    print(f"\n{len(result.ran)} of {len(pipeline.stages)} stages run: {time.monotonic() - started:.0f} s{told}")
+    cost = f"{len(result.ran)} of {len(pipeline.stages)} stages run: {time.monotonic() - started:.0f} s{told}"
+    head = f"Commit {commit()}, seeds {', '.join(map(str, seeds))}, width {options.width}; {cost}"
+    (options.out / "science.md").write_text(f"{head}\n\n{text}\n", encoding="utf-8")
+    print(f"{head}\n\n{text}")
 
 
 if __name__ == "__main__":
