@@ -13,8 +13,8 @@ from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option
 
 if TYPE_CHECKING:
+    from gemma2.core.json_files import JsonObject
     from gemma2.merging.inspect.difference import Difference, ModelDifference
-    from gemma2.posttrain.checks.merging_gain import PolicyAngle
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -38,13 +38,17 @@ def _row(group: Difference) -> dict[str, object]:
     return {title: values[name] for name, title in columns.items()}
 
 
-def _angle_of_runs(found: ModelDifference) -> PolicyAngle | None:
-    """The angle and noise scale of two RL runs from one base; None for other models."""
+def _figures_of_runs(found: ModelDifference, console: Console) -> JsonObject:
+    """Note the angle and the noise scale of two RL runs from one base, and return them; nothing for other models."""
     if found.base is None:
-        return None
+        return {}
     from gemma2.posttrain.checks.merging_gain import angle_of_runs
 
-    return angle_of_runs(found.a, found.b, found.base, replace(found, granularity="layer").groups)
+    runs = angle_of_runs(found.a, found.b, found.base, replace(found, granularity="layer").groups)
+    if runs is None:
+        return {}
+    console.note(runs.statement())
+    return {"runs": runs.as_dict()}
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
@@ -114,16 +118,13 @@ def diff(
         console.note(line)
     for line in found.warnings:
         console.warn(line)
-    runs = _angle_of_runs(found)
-    if runs is not None:
-        console.note(runs.statement())
+    runs = _figures_of_runs(found, console)
     if plot is not None:
         from gemma2.posttrain.reports.plots.heatmap import write_heat_map
 
         write_heat_map(found, plot, force)
     if as_json:
-        more = {"runs": runs.as_dict()} if runs is not None else {}
-        console.json(found.as_dict() | more | ({"plot": str(plot)} if plot else {}))
+        console.json(found.as_dict() | runs | ({"plot": str(plot)} if plot else {}))
         return
     groups = found.groups if len(found.groups) <= MOST_ROWS else ()
     console.table([_row(group) for group in (*groups, found.total)])
