@@ -99,8 +99,9 @@ def steps(source: Path, size: Size) -> Iterator[Step]:
     for number, (rate, dropout) in enumerate(MEMBERS, 1):
         yield Step(
             f"member {number}",
-            f"reward {fit} --from-head probe --max-steps {size.fitted} --batch-size 16 --warmup-steps 10 "
-            f"--learning-rate {rate:g} --dropout {dropout:g} --seed {number} --epochs 100 --save-every 10000",
+            f"reward {fit} --from-head probe --max-steps {size.fitted} --batch-size 16 "
+            f"--warmup-steps {min(10, size.fitted - 1)} --learning-rate {rate:g} --dropout {dropout:g} --seed {number} "
+            "--epochs 100 --save-every 10000",
             f"member-{number}",
         )
     names = " ".join(f"member-{number}" for number in range(1, len(MEMBERS) + 1))
@@ -110,9 +111,9 @@ def steps(source: Path, size: Size) -> Iterator[Step]:
             run,
             f"rlhf --policy {sft} --sft {sft} --reward {run.replace('rl-', 'member-').replace('member-av', 'av')} "
             f"--reward-fn marks:marks --reward-weights 1,0 --prompts {prompts} --heldout {held} "
-            f"--prompts-per-step 8 --n 4 --steps {size.steps} {SAMPLING} --learning-rate 5e-4 --warmup-steps 5 "
-            f"--beta 0.02 --mu 0.05 --max-kl 10000 --eval-every {size.every} --eval-prompts {size.held} --eval-seed 0 "
-            "--save-every 40 --seed 101",
+            f"--prompts-per-step 8 --n 4 --steps {size.steps} {SAMPLING} --learning-rate 5e-4 "
+            f"--warmup-steps {min(5, size.steps - 1)} --beta 0.02 --mu 0.05 --max-kl 10000 "
+            f"--eval-every {size.every} --eval-prompts {size.held} --eval-seed 0 --save-every 40 --seed 101",
             run,
         )
 

@@ -176,11 +176,12 @@ def test_the_runs_differ_in_their_reward_model_alone():
     assert len({tuple("RM" if word == models[run] else word for word in line) for run, line in lines.items()}) == 1
 
 
-def test_the_last_step_of_a_run_is_measured():
+def test_a_run_reaches_its_learning_rate_and_its_last_step_is_measured():
     for size in (hacking.Size(), hacking.REHEARSAL):
         assert size.steps % size.every == 0
         line = words(size)["rl-1"]
         assert line[line.index("--steps") + 1] == str(size.steps)
+        assert int(line[line.index("--warmup-steps") + 1]) < size.steps
 
 
 def test_a_turned_pair_has_all_of_either_side_exchanged():
