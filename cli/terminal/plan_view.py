@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PlanAsked", "end_plan", "plan_only", "show_plan"]
 
-APART = ("data", "first_row", "stages", "problems", "config", "batch")
+APART = ("data", "first_row", "stages", "problems", "warnings", "config", "batch")
 
 
 class PlanAsked(Protocol):
@@ -54,6 +54,8 @@ def show_plan(document: JsonMapping, console: Console) -> None:
         console.json(document)
     else:
         _for_people(document, console)
+    for line in document.get("warnings", ()):
+        console.warn(line)
     end_plan(document.get("problems", ()), console)
 
 

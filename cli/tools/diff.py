@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +13,8 @@ from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet, file_option
 
 if TYPE_CHECKING:
-    from gemma2.merging.inspect.difference import Difference
+    from gemma2.core.json_files import JsonObject
+    from gemma2.merging.inspect.difference import Difference, ModelDifference
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -35,6 +36,19 @@ def _row(group: Difference) -> dict[str, object]:
     tasks = group.norm_base is not None
     columns = FIRST | (TASK_VECTORS if tasks else WEIGHTS) | NORMS | (TASK_NORMS if tasks else {}) | LAST
     return {title: values[name] for name, title in columns.items()}
+
+
+def _figures_of_runs(found: ModelDifference, console: Console) -> JsonObject:
+    """Note the angle and the noise scale of two RL runs from one base, and return them; nothing for other models."""
+    if found.base is None:
+        return {}
+    from gemma2.posttrain.checks.merging_gain import angle_of_runs
+
+    runs = angle_of_runs(found.a, found.b, found.base, replace(found, granularity="layer").groups)
+    if runs is None:
+        return {}
+    console.note(runs.statement())
+    return {"runs": runs.as_dict()}
 
 
 @app.command(cls=HelpCommand, context_settings=HELP_NAMES)
@@ -104,12 +118,13 @@ def diff(
         console.note(line)
     for line in found.warnings:
         console.warn(line)
+    runs = _figures_of_runs(found, console)
     if plot is not None:
         from gemma2.posttrain.reports.plots.heatmap import write_heat_map
 
         write_heat_map(found, plot, force)
     if as_json:
-        console.json(found.as_dict() | ({"plot": str(plot)} if plot else {}))
+        console.json(found.as_dict() | runs | ({"plot": str(plot)} if plot else {}))
         return
     groups = found.groups if len(found.groups) <= MOST_ROWS else ()
     console.table([_row(group) for group in (*groups, found.total)])

@@ -241,13 +241,16 @@ def show_plan(console: Console, compiled: Pipeline, plan: PipelinePlan, scripts:
     }  # fmt: skip
     if console.as_json:
         more = {"scripts": dict(scripts)} if scripts else {}
-        console.json({"plan": rows, **facts, **more, "problems": problems, "out": str(compiled.root)})
+        console.json({"plan": rows, **facts, **more, "problems": problems, "warnings": list(plan.warnings),
+                      "out": str(compiled.root)})  # fmt: skip
     else:
         console.table([{key.replace("_", " "): value for key, value in row.items()} for row in rows])
         console.text("")
         console.result(facts, compiled.root)
         for name, text in scripts.items():
             console.text(f"\n# stage {name}\n{text}")
+    for line in plan.warnings:
+        console.warn(line)
     end_plan(problems, console)
 
 

@@ -93,6 +93,8 @@ def quickstart(
             console.json({"commands": commands})
         else:
             console.text("\n".join(commands))
+        for line in plan.warnings:
+            console.warn(line)
         end_plan(plan.problems, console)
         return
     _refuse_another(pipeline)

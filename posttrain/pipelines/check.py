@@ -7,8 +7,8 @@ makes has the properties that are promised -> what is complete, what will run ->
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma2.core.errors import Gemma2Error, InputError, UsageError
@@ -19,6 +19,7 @@ from gemma2.core.outputs.staging import partial_path
 from gemma2.core.sizes import sizes_apart
 from gemma2.merging.methods.request import file_named, is_input
 from gemma2.posttrain.checks.kinds import wanted_kind
+from gemma2.posttrain.checks.merging_gain import is_embedded, low_gain
 from gemma2.posttrain.checks.of_command import CommandChecks
 from gemma2.posttrain.checks.plan import Planned, look, memory_problem, place_of, work_of
 from gemma2.posttrain.evaluation.suite.suite_plan import check_engine, plan_suite, tables_of
@@ -37,6 +38,7 @@ from gemma2.posttrain.schemas import (
     MergeConfig,
     PipelineFile,
     ReplaceTokenizerConfig,
+    TinyConfig,
     WarpConfig,
 )
 from gemma2.posttrain.schemas.config import Config
@@ -101,7 +103,7 @@ class PipelinePlan:
     stages: Mapping[str, Checked]
     sizes: Sizes
     disk_free: float = 0.0
-    warnings: tuple[str, ...] = field(default_factory=tuple)
+    warnings: tuple[str, ...] = ()  # of settings that run, and from which little can come
 
     @property
     def disk(self) -> float:
@@ -216,7 +218,30 @@ def check_pipeline(
         status[stage.name] = status_after(decision)
         reused |= {stage.name: decision.source} if decision.source else {}
         found[stage.name] = Checked(decision, work, _hash(decision))
-    return PipelinePlan(found, sizes_of(known, sources), free_disk(pipeline.root))
+    return PipelinePlan(found, sizes_of(known, sources), free_disk(pipeline.root), tuple(_low_gains(pipeline, found)))
+
+
+def _low_gains(pipeline: Pipeline, found: Mapping[str, Checked]) -> Iterator[str]:
+    """A line about every WARP run with RL before it whose merges can gain little."""
+    for prefix, config in pipeline.warps.items():
+        runs = [one for name, one in found.items() if name.startswith(prefix) and one.stage.command == "rlhf"]
+        if any(one.runs for one in runs):
+            start = Path(str(runs[0].stage.options["policy"]))  # of iteration 1: the SFT policy
+            line = low_gain(config, _is_embedded(start, pipeline))
+            if line:
+                yield f"stages.{prefix.rstrip('/')}: {line}" if prefix else line
+
+
+def _is_embedded(model: Path, pipeline: Pipeline) -> bool:
+    """Whether a model descends from the student of `gemma2 tiny`, also by stages that have not run."""
+    stage = next((one for one in pipeline.stages.values() if model.is_relative_to(one.out)), None)
+    if stage is None:
+        return is_embedded(model)
+    if stage.command == "tiny":
+        width = TinyConfig.model_fields["width"].default
+        return model.name == "student" and stage.options.get("width", width) == width
+    start = stage.options.get("model") or stage.options.get("policy") or stage.options.get("base")
+    return isinstance(start, str) and _is_embedded(Path(start), pipeline)
 
 
 def _promise(models: NamedModels, promised: dict[Path, Promise], places: list[Path]) -> None:
@@ -312,6 +337,9 @@ def plan_step(config: Config, options: RunOptions | None, named: NamedModels = N
         return planned
     stages = PipelineFile(stages=warp_stages(config))
     out = options.out if options is not None else Path("out")
-    rows = check_pipeline(compile_pipeline(stages, partial_path(out)), named=named.copy()).rows()
-    more = {"stages_to_run": sum(row["action"] != "skip" for row in rows), "stages": rows}
+    compiled = replace(compile_pipeline(stages, partial_path(out)), warps={"": config})
+    checked = check_pipeline(compiled, named=named.copy())
+    rows = checked.rows()
+    more: JsonObject = {"stages_to_run": sum(row["action"] != "skip" for row in rows), "stages": rows}
+    more |= {"warnings": list(checked.warnings)} if checked.warnings else {}
     return replace(planned, document=planned.document | more)

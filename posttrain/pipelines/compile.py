@@ -88,12 +88,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages in an order in which each comes after what it needs. `groups`: name -> its copies, or WARP's stages."""
+    """Stages in an order in which each comes after what it needs.
+
+    groups  name -> its copies, or WARP's stages
+    warps   what the names of a WARP run's stages begin with -> its settings
+    """
 
     root: Path
     file: PipelineFile
     stages: Mapping[str, Stage]
     groups: Mapping[str, tuple[str, ...]]
+    warps: Mapping[str, WarpConfig] = field(default_factory=dict)
 
     def chosen(self, patterns: Iterable[str]) -> set[str]:
         """The stages that patterns name: a stage, a group, a folder of stages, or a pattern with `*`.
@@ -131,14 +136,14 @@ def compile_pipeline(file: PipelineFile, root: Path) -> Pipeline:
     """
     source = file.source
     drafts, copies = _copies(dict(_with_vars(file)), source)
-    drafts, made = _with_warp(drafts, source)
+    drafts, made, warps = _with_warp(drafts, source)
     with source.located("stages"):
         _check_places(drafts)
     maker = _Maker(root, drafts, copies, {**copies, **made}, file.resources, source)
     stages = {name: maker.stage(name) for name in drafts}
     with source.located("stages"):
         order = _ordered(stages)
-    return Pipeline(root, file, {name: stages[name] for name in order}, {**copies, **made})
+    return Pipeline(root, file, {name: stages[name] for name in order}, {**copies, **made}, warps)
 
 
 def _with_vars(file: PipelineFile) -> Iterator[tuple[str, StageFile]]:
@@ -255,10 +260,11 @@ def _copy(name: str, draft: StageFile, chosen: JsonMapping) -> StageFile:
 
 def _with_warp(
     drafts: Mapping[str, StageFile], source: ValueSource
-) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]]]:
-    """Every `command: warp` as the stages of Algorithm 1, and their names."""
+) -> tuple[dict[str, StageFile], dict[str, tuple[str, ...]], dict[str, WarpConfig]]:
+    """Every `command: warp` as the stages of Algorithm 1, their names, and its settings by their prefix."""
     found: dict[str, StageFile] = {}
     groups: dict[str, tuple[str, ...]] = {}
+    warps: dict[str, WarpConfig] = {}
     for name, draft in drafts.items():
         if draft.command != "warp":
             found[name] = draft
@@ -282,9 +288,9 @@ def _with_warp(
             )
             for inner, stage in warp_stages(config, prefix=f"{name}/").items()
         }
-        groups[name] = tuple(made)
+        groups[name], warps[f"{name}/"] = tuple(made), config
         found |= made
-    return found, groups
+    return found, groups, warps
 
 
 def _of_inner(stage: StageFile, own: Resources) -> Resources:

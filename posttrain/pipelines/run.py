@@ -20,6 +20,7 @@ from gemma2.core.json_files import JsonMapping, JsonObject, write_json
 from gemma2.core.outputs.manifest import MANIFEST, SCHEMA_VERSION, Manifest, now, read_manifest, versions
 from gemma2.core.outputs.staging import check_output, locked
 from gemma2.core.progress import SILENT, Progress
+from gemma2.posttrain.checks.merging_gain import measured_angle
 from gemma2.posttrain.runs.finished import tidy
 from gemma2.posttrain.schemas.config import to_yaml
 
@@ -29,6 +30,7 @@ from .decision import Choice
 from .executors.processes import LocalExecutor
 from .scheduler import Executor, Observer, Scheduler, job_of
 from .state import STATE_FILE, is_running, read_state, recorded_stages
+from .warp_stages import FIRST_MERGE
 
 __all__ = [
     "FILE",
@@ -55,6 +57,29 @@ class Watcher:
 
     def finished(self, stage: Stage, status: str, seconds: float, summary: JsonMapping) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class _Angles:
+    """Another observer, and the angle between the policies as soon as a WARP run has merged for the first time."""
+
+    observer: Observer
+    pipeline: Pipeline
+    progress: Progress
+
+    def started(self, stage: Stage, command: str, why: str) -> None:
+        self.observer.started(stage, command, why)
+
+    def finished(self, stage: Stage, status: str, seconds: float, summary: JsonMapping) -> None:
+        self.observer.finished(stage, status, seconds, summary)
+        prefix = stage.name.removesuffix(FIRST_MERGE)
+        config = self.pipeline.warps.get(prefix) if stage.name.endswith(FIRST_MERGE) else None
+        found = measured_angle(config, summary) if config is not None and status == "complete" else None
+        if found is not None and config is not None:
+            self.progress.note(f"{stage.name}: {found.statement()}")
+            warning = found.warning(config)
+            if warning:
+                self.progress.warn(f"{stage.name}: {warning}")
 
 
 @dataclass(frozen=True)
@@ -145,8 +170,11 @@ def run_stages(
     check_executor(pipeline, executor)
     for note in plan.kept_with_other_versions():
         progress.note(note)
+    for line in plan.warnings:
+        progress.warn(line)
     commands = tuple(dict.fromkeys(one.stage.command for one in plan.to_run))
-    scheduler = Scheduler(pipeline, executor, choice or Choice(), observer or Watcher(), progress, commands)
+    watched = _Angles(observer or Watcher(), pipeline, progress)
+    scheduler = Scheduler(pipeline, executor, choice or Choice(), watched, progress, commands)
     try:
         scheduler.run()
     finally:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from gemma2.core.errors import Gemma2Error, UsageError
 from gemma2.core.json_files import JsonObject, load_json
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.rounding import SAME_AS_START, differ
+from gemma2.posttrain.checks.merging_gain import measured_angle
 from gemma2.posttrain.launch.agreement import divides
 from gemma2.posttrain.planning.estimates import Sources
 from gemma2.posttrain.planning.memory import SPARE, Lengths, memory_of, place_for
@@ -32,14 +34,14 @@ from .check import check_pipeline
 from .compile import Pipeline, compile_pipeline
 from .run import Watcher, executor_of, run_stages
 from .scheduler import Observer
-from .warp_stages import warp_stages
+from .warp_stages import FIRST_MERGE, warp_stages
 
 __all__ = ["run_warp", "warp_pipeline"]
 
 
 def warp_pipeline(config: WarpConfig, root: Path) -> Pipeline:
     """The stages of a WARP run with outputs below `root`."""
-    return compile_pipeline(PipelineFile(stages=warp_stages(config)), root)
+    return replace(compile_pipeline(PipelineFile(stages=warp_stages(config)), root), warps={"": config})
 
 
 def run_warp(
@@ -64,7 +66,7 @@ def run_warp(
         from gemma2.posttrain.reports.page import write_report
 
         write_report(run.path, run.path / "report.html")
-        found = summarise(run.path)
+        found = summarise(run.path) | _angle(run.path, config)
         if not found["differs"]:
             progress.warn(f"{SAME_AS_START}: there is no gain to report; raise --learning-rate or --steps")
         return run.finish(found)
@@ -128,6 +130,14 @@ def summarise(root: Path) -> JsonObject:
     gains = {key: chosen[key] for key in chosen if key == "single" or "_over_" in key} if moved else {}
     shown = {key: chosen[key] for key in ("label", "eta", "iteration", *FIGURES) if key in chosen}
     return {"model": "model", "differs": moved, **shown, **single, **gains}
+
+
+def _angle(root: Path, config: WarpConfig) -> JsonObject:
+    """The angle between the policies of iteration 1 and the noise scale; nothing with one policy."""
+    if config.policies < 2:
+        return {}
+    found = measured_angle(config, load_json(root / FIRST_MERGE / "gemma2.json")["summary"])
+    return found.as_dict() if found is not None else {}
 
 
 FIGURES = ("reward", "reward_se", "kl", "kl_se")

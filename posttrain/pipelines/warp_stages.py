@@ -27,7 +27,9 @@ from gemma2.posttrain.schemas import Resources, RewardFields, RlFields, StageFil
 from gemma2.posttrain.schemas.config import parse_value
 from gemma2.posttrain.schemas.fields import RowFields
 
-__all__ = ["run_seed", "warp_stages"]
+__all__ = ["FIRST_MERGE", "run_seed", "warp_stages"]
+
+FIRST_MERGE = "iteration-1/slerp"  # name of the stage, after the prefix
 
 SHARED = {*TrainingFields.model_fields, *RlFields.model_fields, "strategy"} - {"seed"}
 

@@ -20,7 +20,11 @@ class TinyConfig(Config):
     train_prompts: int = Field(768, ge=8, description="prompts written to prompts.jsonl")
     heldout_prompts: int = Field(256, ge=8, description="prompts written to heldout.jsonl, not used in training")
     width: int = Field(
-        96, ge=32, le=1024, multiple_of=32, description="hidden size of the student: 96 is half a million weights, 192 two"
+        96,
+        ge=32,
+        le=1024,
+        multiple_of=32,
+        description="hidden size of the student: 96 is half a million weights, 192 two",
     )
     seed: Seed = 0
 

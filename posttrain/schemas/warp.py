@@ -16,7 +16,7 @@ VARIED = ("learning_rate", "length_penalty", "missing_eos_penalty", "reward", "b
 class WarpConfig(TrainingFields, RlFields, StrategyFields):
     """WARP (2406.16768, Algorithm 1): M policies, SLERP, LITI, repeated I times, then the front."""
 
-    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"jobs", "executor", "slurm", "gpus_per_policy"})
+    INCIDENTAL: ClassVar[frozenset[str]] = frozenset({"jobs", "executor", "slurm", "gpus_per_policy", "noise_scale"})
 
     sft: Model
     prompts: Data
@@ -35,6 +35,12 @@ class WarpConfig(TrainingFields, RlFields, StrategyFields):
     )
     patience: int = Field(
         0, ge=0, description="stop after this many iterations in a row without a better front; 0: never"
+    )
+    noise_scale: float | None = Field(
+        None,
+        gt=0,
+        description="completions per policy at which task vectors are 60 degrees apart, from the summary of an earlier "
+        "run; used to warn of a run in which merging can gain little; default: unknown, 1000 for models of gemma2 tiny",
     )
     learning_rate: float = Field(
         1e-6, gt=0, lt=1, description="peak learning rate (Adam); with LoRA the default is ten times as large"

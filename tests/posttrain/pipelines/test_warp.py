@@ -158,6 +158,43 @@ def test_the_next_init_lies_between_this_iterations_init_and_its_slerp(warp: Pat
     check_equal(weights(here / "init"), line(weights(init_of(warp, iteration)), weights(here / "slerp"), ETA))
 
 
+def test_the_summary_has_the_angle_between_the_policies_in_the_blocks_and_its_noise_scale(warp: Path) -> None:
+    init = weights(warp.parent / "sft")
+    policies = [weights(warp / "iteration-1" / f"policy-{m}") for m in range(1, POLICIES + 1)]
+    angles = []
+    for block in sorted({group_of(name) for name in init if "layers." in name}):
+        names = [name for name in init if "layers." in name and group_of(name) == block]
+        vectors = [np.concatenate([(one[name] - init[name]).ravel() for name in names]) for one in policies]
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            dot, norms = vectors[a] @ vectors[b], np.linalg.norm(vectors[a]) * np.linalg.norm(vectors[b])
+            angles.append(np.degrees(np.arccos(dot / norms)))
+    summary = json.loads((warp / "gemma2.json").read_text())["summary"]
+    assert summary["angle"] == pytest.approx(np.mean(angles), abs=0.01)
+    assert summary["angle_completions"] == 2 * 2 * 2  # steps, prompts per step, samples
+    cosine = np.cos(np.radians(np.mean(angles)))
+    assert summary["noise_scale"] == (pytest.approx(8 * (1 / cosine - 1), rel=1e-2) if cosine > 0 else None)
+
+
+def test_diff_has_the_noise_scale_of_two_rl_runs_from_its_base(warp: Path, capsys: pytest.CaptureFixture) -> None:
+    first, second, third = (str(warp / "iteration-1" / f"policy-{m}") for m in range(1, POLICIES + 1))
+    base = ["--base", str(warp.parent / "sft"), "--json"]
+    for forms in ([], ["--granularity", "tensor"]):
+        assert invoke(["diff", first, second, *base, *forms]) == 0
+        runs = json.loads(capsys.readouterr().out)["runs"]
+        assert runs["angle_completions"] == 8
+        cosine = np.cos(np.radians(runs["angle"]))  # under 0 for two steps that have little in common
+        assert runs["noise_scale"] == (pytest.approx(8 * (1 / cosine - 1), rel=1e-3) if cosine > 0 else None)
+    found = []
+    for a, b in ((first, second), (first, third), (second, third)):
+        assert invoke(["diff", a, b, *base]) == 0
+        found.append(json.loads(capsys.readouterr().out)["runs"]["angle"])
+    summary = json.loads((warp / "gemma2.json").read_text())["summary"]
+    assert np.mean(found) == pytest.approx(summary["angle"], abs=0.01)
+    for other in (str(warp / "iteration-1" / "slerp"), str(warp / "iteration-2" / "policy-1")):
+        assert invoke(["diff", first, other, *base]) == 0  # a merge; a run from another init
+        assert "runs" not in json.loads(capsys.readouterr().out)
+
+
 def test_the_model_lies_between_the_sft_policy_and_the_last_slerp(warp: Path) -> None:
     last = weights(warp / "iteration-2" / "slerp")
     check_equal(weights(warp / "model"), line(weights(warp.parent / "sft"), last, 0.5))

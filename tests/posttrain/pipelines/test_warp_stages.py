@@ -9,6 +9,10 @@ import pytest
 from light_model import write_tokenizer
 from stages import Inline, Stub, compiled, run
 
+from gemma2.core.progress import SILENT
+from gemma2.posttrain.pipelines.check import check_pipeline
+from gemma2.posttrain.pipelines.quickstart import quickstart_pipeline
+from gemma2.posttrain.pipelines.run import run_stages
 from gemma2.posttrain.pipelines.warp_stages import run_seed
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.run_directory import RunResult, open_run
@@ -227,3 +231,69 @@ def test_patience_ends_the_iterations_and_the_front_is_of_those_that_ran(place):
 
 def test_the_schemas_are_those_of_the_commands():
     assert (COMMANDS["rlhf"].schema, COMMANDS["pareto"].schema) == (RlhfConfig, ParetoConfig)
+
+
+class Heard:
+    """Collects the notes and warnings of a run."""
+
+    def __init__(self):
+        self.notes, self.warnings = [], []
+        self.task, self.note, self.warn = SILENT.task, self.notes.append, self.warnings.append
+
+
+def heard(pipeline):
+    found = Heard()
+    run_stages(pipeline, check_pipeline(pipeline), Inline(), progress=found)
+    return found
+
+
+def angle_in_blocks(place: Path) -> float:
+    """Mean over blocks and pairs of the policies of iteration 1, in degrees."""
+    sft = load(place / "sft")
+    policies = [load(place / "w" / "iteration-1" / f"policy-{m}") for m in range(1, M + 1)]
+    found = []
+    for layer in ("layers.0.", "layers.1."):
+        names = [name for name in SHAPES if layer in name]
+        vectors = [np.concatenate([(one[k] - sft[k]).ravel() for k in names]) for one in policies]
+        pairs = [(a, b) for i, a in enumerate(vectors) for b in vectors[i + 1 :]]
+        found += [np.degrees(np.arccos(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))) for a, b in pairs]
+    return float(np.mean(found))
+
+
+def test_the_angle_of_the_first_merge_and_its_noise_scale_are_stated_once(place):
+    said = heard(warp(place, prompts_per_step=2, n=2))
+    (line,) = [note for note in said.notes if "degrees apart" in note]
+    angle = angle_in_blocks(place)
+    assert line.startswith(f"w/iteration-1/slerp: task vectors are {angle:.1f} degrees apart in the blocks after 16 ")
+    assert said.warnings == []  # the runs differ in their noise alone: about 90 degrees
+
+
+def test_a_pipeline_is_warned_before_its_first_stage_and_not_again_when_the_runs_are_there(place):
+    settings = {"prompts_per_step": 8, "n": 4, "noise_scale": 64}  # 4 steps, 128 completions: cos = 1 / 1.5
+    said = heard(warp(place, **settings))
+    (line,) = said.warnings
+    assert line.startswith("stages.w: task vectors of iteration 1 are expected 48.2 degrees apart (128 completions ")
+    assert check_pipeline(warp(place, **settings)).warnings == ()
+
+
+def test_policies_that_share_a_direction_are_warned_of_after_their_merge(place, monkeypatch):
+    monkeypatch.setitem(globals(), "gradient", lambda theta, anchor, seed, t: shared_gradient(theta, seed, t))
+    said = heard(warp(place, prompts_per_step=2, n=2))
+    (line,) = (one for one in said.warnings if one.startswith("w/iteration-1/slerp: task vectors are "))
+    assert line.startswith(f"w/iteration-1/slerp: task vectors are {angle_in_blocks(place):.1f} degrees apart: the ")
+
+
+def shared_gradient(theta: dict, seed: int, t: int) -> dict:
+    """The same drift for every run, and half as much noise in each weight."""
+    noise = np.random.default_rng([seed, t])
+    return {k: 1.0 + 0.5 * noise.standard_normal(theta[k].shape) for k in theta}
+
+
+def test_the_quickstart_is_not_warned_and_with_eight_times_the_completions_it_is(tmp_path):
+    """Its SFT policy does not exist yet: the stages that make it start at the student of `gemma2 tiny`."""
+    assert check_pipeline(quickstart_pipeline(tmp_path), contents=False).warnings == ()  # 240 completions: 79 degrees
+    more = [f"stages.warp.options.{key}={value}" for key, value in (("prompts_per_step", 8), ("n", 4))]
+    (line,) = check_pipeline(quickstart_pipeline(tmp_path, sets=more), contents=False).warnings
+    assert line.startswith("stages.warp: task vectors of iteration 1 are expected 48.9 degrees apart (1,920 ")
+    wide = [*more, "stages.models.options.width=192"]  # N was not measured there
+    assert check_pipeline(quickstart_pipeline(tmp_path, sets=wide), contents=False).warnings == ()

@@ -646,6 +646,13 @@ def warp(config: Any, room: Room) -> object:
     return {name: stage.model_dump() for name, stage in warp_stages(config).items()}
 
 
+def warning_of_warp(config: Any, room: Room) -> object:
+    """The warning about the angle between the policies of a WARP run."""
+    from gemma2.posttrain.checks.merging_gain import low_gain
+
+    return low_gain(config, embedded=False)
+
+
 def warp_run(config: Any, room: Room) -> object:
     """The executor of a WARP run."""
     from gemma2.posttrain.pipelines import warp

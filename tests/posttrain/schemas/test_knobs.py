@@ -276,6 +276,7 @@ cases(
 )  # fmt: skip
 del CASES["WarpConfig.vllm_mode"]  # goes with an address, so both would differ
 cases("WarpConfig", probes.warp_run, jobs=3, executor="ray")
+cases("WarpConfig", probes.warning_of_warp, noise_scale=1.0)
 
 cases("MergeConfig", probes.merged, models=("a", "c"), base="init", tokenizer="union", dtype="float16")
 cases("MergeConfig", probes.merged, chat_template="2", generation_config="2", special_tokens="2")
