@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock quickstart test test-slow test-sharded test-browser test-ray test-peers lint type check bench bench-filters gpu gpu-wheels compare real real-warp science science-full torture soak docs recipes screens effect ranges clean
+.PHONY: help setup setup-dev lock quickstart test test-slow test-sharded test-browser test-ray test-peers lint type check bench bench-filters gpu gpu-wheels compare real real-warp science science-full hacking torture soak docs recipes screens effect ranges clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
@@ -149,6 +149,11 @@ ranges: setup-dev ## README's table: the quickstart over ten seeds (those of `ma
 
 science: setup-dev ## WARP's findings over three seeds, next to the paper's claims: about 12 minutes on two cores
 	@$(BIN)/python bench/science.py --out runs/science
+
+# Outputs of gemma2 quickstart --seed 0 to 5, as bench/effect.py makes them.
+QUICKSTARTS ?= $(wildcard runs/effect/seed-[0-5])
+hacking: setup ## WARM and reward hacking: one reward model against the average of four, on QUICKSTARTS; about 23 CPU minutes for six
+	@$(BIN)/python bench/hacking.py $(QUICKSTARTS) --out runs/hacking
 
 science-full: setup-dev ## The same over six seeds, whose result is docs/science.md: about 25 minutes on two cores
 	@$(BIN)/python bench/science.py --seeds 0 1 2 3 4 5 --out runs/science-full
