@@ -11,7 +11,7 @@ so the angle depends on the completions T B alone, not on batch or learning rate
 beforehand: A was the quickstart's until 2026-11-30; B has an eighth of the batch, a third of the rate and as many
 completions; C a quarter of the completions at about the reward of A. (c/s)^2 is taken from A of the same seed; B and C
 are then predictions. Policy seeds 101 and 102, beta 0.2, mu T = 3. QUICKSTART: outputs of `gemma2 quickstart --seed N`;
-each is one replicate. Differences are paired over the held-out questions; the error of a mean is that of the replicates.
+each is one replicate. Differences are paired over the held-out questions; a mean has the error of the replicates.
 """
 
 from __future__ import annotations
