@@ -279,7 +279,7 @@ class PolicyEvaluation(PeriodicEvaluation):
         """Measure the policy as `eval` and `pareto` would load it; rounded copies of the models end with this call."""
         rollout, config = self.setup.rollout, self.config
         params = SamplingParams(config.max_new_tokens, config.temperature)
-        settings = MeasureSettings(params, rollout.batch_size, seed_of(config), keep=4, ranks=self.run.ranks)
+        settings = MeasureSettings(params, self.at_once(), seed_of(config), keep=4, ranks=self.run.ranks)
         seen = f"step {step}: the policy on held-out prompts"
         if (parts := self.setup.sharded) is not None:  # lent the weights in this form
             with measuring(parts.measured, seen):
@@ -291,6 +291,15 @@ class PolicyEvaluation(PeriodicEvaluation):
             measuring(self.watched(policy), seen),
         ):
             return measure(policy, reference, rollout.chat, self.rows, [rollout.score], settings)
+
+    def at_once(self) -> int:
+        """Sequences of a forward pass: those of a training step, but on a CPU no fewer than an `eval` has.
+
+        An accelerator's memory is planned for the sequences of a step; --micro-batch-size is the user's word on it.
+        """
+        size = self.setup.rollout.batch_size
+        free = self.config.micro_batch_size is None and self.setup.rollout.policy.device.type == "cpu"
+        return max(size, MeasureSettings.batch_size) if free else size
 
     def watched(self, policy: CausalLM) -> CausalLM:
         """The network that must run in a measurement: `policy`, the trained one or a rounded copy of it."""
