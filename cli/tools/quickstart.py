@@ -137,7 +137,7 @@ def show(console: Console, result: JsonObject, out: Path, seconds: float) -> Non
     console.table(shown_rows(result), f"Held-out prompts, mean ± standard error ({seconds:.0f} s)")
     show_gains(console, result["chosen"], result["points"])
     console.text("\nThe KL-reward front\n" + front_text(result["points"], width=console.width(76)))
-    console.text("\nAnswers to held-out questions, sampled at the temperature of the RL stage")
+    console.text("\nThe likeliest answers to held-out questions; the figures above are of drawn ones")
     width = max((len(title) for sample in result["samples"] for title in sample), default=0)
     for sample in result["samples"]:
         console.text(f"  {sample['prompt']}")

@@ -8,7 +8,6 @@ Each stage is the command that the screen shows, so that any of them can be repe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,13 +48,13 @@ def run_quickstart(
     """
     out = pipeline.root
     result = run_pipeline(pipeline, LocalExecutor(jobs), observer=observer, progress=progress)
-    summary = _summary(out)
-    report = out / "report.html"
-    if result.ran or not report.exists():
-        write_json(out / "summary.json", summary)
+    report, kept = out / "report.html", out / "summary.json"
+    if result.ran or not report.exists() or not kept.exists():
+        write_json(kept, _summary(out))
         from gemma2.posttrain.reports.page import write_report
 
         write_report(out, report)
+    summary = load_json(kept)
     return {**summary, "report": str(report)}
 
 
@@ -64,18 +63,26 @@ def _summary(out: Path) -> JsonObject:
 
     All figures are numbers, with their standard errors and 95 % intervals as separate entries; `units` has their units.
     """
-    from gemma2.posttrain.evaluation.front_files import read_front
+    from gemma2.posttrain.evaluation.front_files import read_entries, read_front
+    from gemma2.posttrain.evaluation.likeliest import likeliest_answers
 
-    front = out / "warp" / "front"
-    points = read_front(front, "front")["points"]
-    picked = load_json(out / "warp" / "model" / "gemma2.json")["summary"]
-    rows = rows_of([point for point in points if point["kind"] != "trajectory"], picked)
-    samples = [json.loads(line) for line in (front / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    front = read_front(out / "warp" / "front", "front")
+    points = front["points"]
+    entries = read_entries(out / "warp" / "front", front)
+    model = load_json(out / "warp" / "model" / "gemma2.json")
+    picked = model["summary"]
+    measured = [point for point in points if point["kind"] != "trajectory"]
+    rows = rows_of(measured, picked)
+    paths = {point["name"]: entry.candidate.models[-1].path for point, entry in zip(measured, entries, strict=True)} | {
+        row.point["name"]: out / "warp" / "model" for row in rows if "chosen" in row.role
+    }
+    questions = [sample["prompt"][-1]["content"] for sample in entries[0].samples]
+    answers = {row.title: paths[row.point["name"]] for row in rows}
     return {
         "units": UNITS,
         "rows": [_row(row) for row in rows],
         "chosen": {key: picked[key] for key in picked if key in ("label", "single") or "_over_" in key},
-        "samples": _side_by_side(samples, {row.point["name"]: row.title for row in rows}),
+        "samples": likeliest_answers(answers, _one_of_each(questions), front["settings"]["max_new_tokens"]),
         "points": points,
     }
 
@@ -113,18 +120,9 @@ def shown_rows(summary: JsonMapping) -> list[dict[str, str]]:
     ]
 
 
-def _side_by_side(samples: list[JsonObject], titles: dict[str, str], limit: int = 4) -> list[dict[str, str]]:
-    """Answers of the chosen policies in the order of the table: [{"prompt": ..., <title>: completion, ...}].
-
-    One prompt of each kind (by its first word), so that the skills show.
-    """
-    answers = {
-        (sample["prompt"][-1]["content"], titles.get(sample["name"])): sample["completion"] for sample in samples
-    }
+def _one_of_each(questions: Sequence[str], limit: int = 4) -> list[str]:
+    """The first question of each kind (by its first word), so that the skills show."""
     kinds: dict[str, str] = {}
-    for prompt, _ in answers:
-        kinds.setdefault(prompt.split()[0], prompt)
-    return [
-        {"prompt": prompt, **{title: answers[prompt, title] for title in titles.values() if (prompt, title) in answers}}
-        for prompt in list(kinds.values())[:limit]
-    ]
+    for question in questions:
+        kinds.setdefault(question.split()[0], question)
+    return list(kinds.values())[:limit]
