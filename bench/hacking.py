@@ -31,6 +31,10 @@ enough for the last. Errors are over seeds and prompts together, the larger of b
 prompts: H4 pairs the models, and clusters pairs by prompt; H1 and H2 take the members' errors as equal to their mean,
 those of the stops as fully correlated and both sides as independent, which can only be too large; H3 has none.
 
+A guard of `rlhf` ends a run whose answers are all cut for three steps. Its last evaluation then stands for the stops
+that it did not reach, where the judge could only be lower. (This was added when seed 1's first run had ended so at step
+61, and before any figure of the claims had been computed.)
+
 What this leaves open: the rewards have different units. The average's may vary less than a member's, so that beta
 weighs more against it, and its policy goes less far in as many steps. The table therefore has the KL, and the judge at
 the largest KL that all runs of a seed reached. Without a penalty the judge collapses within ten steps (docs/log.md).
@@ -66,6 +70,7 @@ TURNED = 0.25  # share of the labels; WARM's corrupted data has as many
 SAMPLING = "--max-new-tokens 28 --temperature 1"
 NEEDED = ("distilled/gemma2.json", "models/heldout.jsonl", "models/prompts.jsonl", "pairs/pairs.jsonl")
 DIGITS = 5
+STOPPED = 3  # exit code when a guard ended a command
 
 
 @dataclass(frozen=True)
@@ -187,10 +192,36 @@ def by_question(questions: Sequence[str], values: Sequence[float]) -> list[list[
 # --- what was measured ----------------------------------------------------------------------------------------------
 
 
-def read_curve(run: Path) -> Curve:
-    """The evaluations in a run's metrics; the reward function's columns are named after it."""
+def run_or_stop(step: Step, directory: Path) -> None:
+    """Run one step to its end; one of RL may also be ended by a guard, which is remembered."""
+    mark = directory / f"{step.name}.stopped"
+    if mark.exists():
+        return
+    try:
+        perform(step, directory)
+    except SystemExit as end:
+        if step.name not in RUNS or end.code != f"error: gemma2 {step.name} ended with {STOPPED}":
+            raise
+        mark.touch()
+
+
+def place_of(run: str, directory: Path) -> Path:
+    """Where the metrics of a run are: in its output, or if a guard ended it in what is left of it."""
+    return directory / (f".{run}.partial" if (directory / f"{run}.stopped").exists() else run)
+
+
+def read_curve(run: Path, size: Size) -> Curve:
+    """The evaluations in a run's metrics; the last one also for every stop that the run did not reach.
+
+    The reward function's columns are named after it.
+    """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     stops = [row for row in rows if row.get("kind") == "eval"]
+    stops += [
+        {**stops[-1], "step": step}
+        for step in range(0, size.steps + 1, size.every)
+        if step > max(row["step"] for row in stops)
+    ]
     names = {name: next(key for key in stops[0] if key.endswith(name)) for name in ("marks", "accuracy")}
 
     def column(name: str) -> list[float]:
@@ -310,8 +341,8 @@ def measured(source: Path, directory: Path, size: Size) -> Seed:
     """Run what is left of one quickstart's steps, and read what they measured."""
     prepare(source, directory)
     for step in steps(source, size):
-        perform(step, directory)
-    return Seed({run: read_curve(directory / run) for run in RUNS}, scored(directory))
+        run_or_stop(step, directory)
+    return Seed({run: read_curve(place_of(run, directory), size) for run in RUNS}, scored(directory))
 
 
 def main() -> int:

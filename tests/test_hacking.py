@@ -248,3 +248,36 @@ def test_the_rehearsal_walks_every_step_and_goes_on_from_what_is_there(tmp_path)
     values = json.loads((out / "hacking.json").read_text())["seed-0"]
     assert [values["runs"][run]["step"] for run in hacking.RUNS] == [[0, 1, 2]] * 3
     assert (out / "hacking.png").stat().st_size > 10_000
+
+
+# --- a run that a guard ends ----------------------------------------------------------------------------------------
+
+
+def test_the_last_evaluation_of_a_stopped_run_stands_for_the_stops_that_it_did_not_reach(tmp_path):
+    row = {"kind": "eval", "reward_se": 0.1, "kl": 1.0, "length": 8.0, "n": 4, "marks/marks_se": 0.01}
+    rows = [{**row, "step": s, "reward": s, "marks/marks": s / 10, "marks/accuracy": 0.5} for s in (0, 8, 16)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    curve = hacking.read_curve(tmp_path, hacking.Size(steps=32, every=8))
+    assert curve.step == [0, 8, 16, 24, 32]
+    assert curve.judge == [0.0, 0.8, 1.6, 1.6, 1.6]
+
+
+@pytest.mark.parametrize(("name", "code", "goes_on"), [("rl-1", 3, True), ("rl-1", 1, False), ("probe", 3, False)])
+def test_only_a_guard_of_a_run_of_rl_is_taken_for_an_end(tmp_path, monkeypatch, name, code, goes_on):
+    calls = []
+
+    def perform(step, directory):
+        calls.append(step.name)
+        raise SystemExit(f"error: gemma2 {name} ended with {code}")
+
+    monkeypatch.setattr(hacking, "perform", perform)
+    step = hacking.Step(name, "", name)
+    if not goes_on:
+        with pytest.raises(SystemExit):
+            hacking.run_or_stop(step, tmp_path)
+        return
+    hacking.run_or_stop(step, tmp_path)
+    hacking.run_or_stop(step, tmp_path)
+    assert calls == [name]  # not once more
+    assert hacking.place_of(name, tmp_path) == tmp_path / f".{name}.partial"
+    assert hacking.place_of("rl-2", tmp_path) == tmp_path / "rl-2"
