@@ -2,10 +2,11 @@
 
     python bench/quickstart_ranges.py --out runs/effect            # runs what is missing, then prints the table
     python bench/quickstart_ranges.py --out runs/effect --no-run   # prints the table of what is there
+    python bench/quickstart_ranges.py --roundings                  # with seed 0 twice more, rounded differently
 
-Ten seeds on this machine, which bench/effect.py leaves in the same place, and seed 0 twice more with the instruction
-sets of other kinds of processors: without vector instructions in PyTorch (and SSE4.1 in oneDNN), with AVX2 in both.
-These round in another order, as another processor would; they are no replacement for one. A run is kept.
+Ten seeds on this machine, which bench/effect.py leaves in the same place; a run is kept. With --roundings also seed 0
+with the instruction sets of other kinds of processors: without vector instructions in PyTorch (and SSE4.1 in oneDNN),
+with AVX2 in both. These round in another order, as another processor would; they are no replacement for one.
 
 The table is made from the summary.json of every run. Rewards are those of reward models that differ between runs, so
 their zero means nothing: the reward is given as the gain over the policy from which RL started. A range is the
@@ -22,8 +23,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-RUNS: dict[str, tuple[int, dict[str, str]]] = {
-    **{f"seed-{seed}": (seed, {}) for seed in range(10)},
+Runs = dict[str, tuple[int, dict[str, str]]]  # name -> seed, environment
+RUNS: Runs = {f"seed-{seed}": (seed, {}) for seed in range(10)}
+ROUNDINGS: Runs = {
     "seed-0-no-vectors": (0, {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE",
                               "OMP_NUM_THREADS": "1"}),
     "seed-0-avx2": (0, {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}),
@@ -38,17 +40,17 @@ COLUMNS = (
 Row = Mapping[str, object]
 
 
-def run_missing(out: Path) -> None:
+def run_missing(out: Path, runs: Runs) -> None:
     """Run every quickstart that has no summary."""
-    for name, (seed, variables) in RUNS.items():
+    for name, (seed, variables) in runs.items():
         if not (out / name / "summary.json").is_file():
             words = [str(Path(sys.executable).parent / "gemma2"), "quickstart", "--seed", str(seed)]
             subprocess.run([*words, "--out", str(out / name)], check=True, env={**os.environ, **variables})
 
 
-def read_runs(out: Path) -> dict[str, Mapping[str, object]]:
+def read_runs(out: Path, runs: Runs) -> dict[str, Mapping[str, object]]:
     """The summaries that are there, by the name of their run."""
-    files = {name: out / name / "summary.json" for name in RUNS}
+    files = {name: out / name / "summary.json" for name in runs}
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
 
@@ -109,10 +111,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The quickstart over seeds and ways to round, as ranges.")
     parser.add_argument("--out", type=Path, default=Path("runs/effect"))
     parser.add_argument("--no-run", action="store_true", help="only print the table of what is there")
+    parser.add_argument("--roundings", action="store_true", help="seed 0 twice more, as other processors round")
     options = parser.parse_args()
+    runs = RUNS | ROUNDINGS if options.roundings else RUNS
     if not options.no_run:
-        run_missing(options.out)
-    found = read_runs(options.out)
+        run_missing(options.out, runs)
+    found = read_runs(options.out, runs)
     if not found:
         sys.exit(f"error: {options.out} holds no run; leave out --no-run")
     print(f"{len(found)} runs: {', '.join(found)}\n\n{table(list(found.values()))}\n\n{sentence(list(found.values()))}")

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 DRAWN = "--max-new-tokens 8"
 TRAINED = "--max-steps 2 --batch-size 4 --warmup-steps 0"
 ROLLED = (
-    "--prompts prompts.jsonl --reward rm --steps 2 --prompts-per-step 2 --n 2 --max-new-tokens 16 --warmup-steps 0 "
+    "--prompts prompts.jsonl --reward rm --steps 2 --prompts-per-step 2 --n 2 --max-new-tokens 48 --warmup-steps 0 "
     "--eval-prompts 12 --learning-rate 1e-4"
 )
 SEEN = """import gc, json, torch
@@ -36,7 +36,7 @@ def judge(prompts, completions, **columns):
 """
 WATCHED = (
     "--policy policy --prompts prompts.jsonl --heldout prompts.jsonl --reward-fn watching:judge --steps 2 "
-    "--prompts-per-step 2 --n 3 --max-new-tokens 8 --warmup-steps 0 --eval-prompts 4 --eval-every 1 "
+    "--prompts-per-step 2 --n 3 --max-new-tokens 32 --warmup-steps 0 --eval-prompts 4 --eval-every 1 "
     "--learning-rate 1e-3 --temperature 1 --eval-seed 0 --out watched"
 )
 COMMANDS = {
@@ -58,19 +58,19 @@ COMMANDS = {
     "rlhf": f"rlhf --policy policy {ROLLED} --out rl",
     "rlhf, anchor on the host": f"rlhf --policy policy {ROLLED} --anchor-memory cpu --out rl-host",
     "rlhf, fixed anchor": f"rlhf --policy policy {ROLLED} --anchor sft --out rl-fixed",
-    "rlhf, LoRA": f"rlhf --policy policy {ROLLED} --lora-rank 2 --max-new-tokens 48 --out rl-lora",
+    "rlhf, LoRA": f"rlhf --policy policy {ROLLED} --lora-rank 2 --out rl-lora",
     "rlhf, factors": f"rlhf --policy policy {ROLLED} --lora-rank 2 --lora-anchor factors "
-    "--max-new-tokens 48 --out rl-factors",
-    "rlhf, 8 bits": f"rlhf --policy policy {ROLLED} --lora-rank 2 --base-bits 8 --max-new-tokens 48 --out rl-8",
+    "--out rl-factors",
+    "rlhf, 8 bits": f"rlhf --policy policy {ROLLED} --lora-rank 2 --base-bits 8 --out rl-8",
     "rlhf, 8 bits, dense": f"rlhf --policy policy {ROLLED} --lora-rank 2 --base-bits 8 --lora-anchor dense "
-    "--max-new-tokens 48 --out rl-8d",
+    "--out rl-8d",
     "eval": f"eval --model b --sft policy --prompts prompts.jsonl --reward rm {DRAWN}",
     "eval, fp32": f"eval --model b --sft policy --prompts prompts.jsonl --reward rm --dtype float32 {DRAWN}",
     "pareto": f"pareto --sft policy --policies b --merged b --etas 0.5 --prompts prompts.jsonl --reward rm {DRAWN} "
     "--out front",
     "rlhf, watched": f"rlhf {WATCHED}",
     "pareto, watched": "pareto --sft policy --policies watched --prompts prompts.jsonl --limit 4 --temperature 1 "
-    "--reward-fn watching:judge --max-new-tokens 8 --out watched-front",
+    "--reward-fn watching:judge --max-new-tokens 32 --out watched-front",
     "chat": "chat policy -p hello --seed 0",
     "doctor": "doctor --deep policy --only loss,attention",
 }

@@ -12,7 +12,7 @@ TEXTS = ["What is 2 + 3?", "Who lives in Tolba?", "Sort c, a, b.", "Say hello."]
 
 
 def reward(completions, **_):
-    return [float(len(text) % 7) for text in completions]
+    return [float(len(text) % 8) for text in completions]
 
 
 def manifest(directory, **fields):
