@@ -248,8 +248,12 @@ def draw(seeds: Mapping[int, Seed], place: Path) -> None:
     """A panel per seed: RL runs thin, eta lines thick. Without errors: those of a point are mostly common to all."""
     lines = {ONE: "line, M = 1", TWO: "line, M = 2", FOUR: "line, M = 4", SECOND: "line, iteration 2"}
     with styled():
-        figure, axes = new_figure(4.0 * len(seeds), 4.2, columns=len(seeds))
-        for axis, (number, seed) in zip(axes, seeds.items(), strict=True):
+        columns = min(3, len(seeds))
+        rows = -(-len(seeds) // columns)
+        figure, axes = new_figure(4.0 * columns, 4.2 * rows, rows, columns)
+        for axis in axes[len(seeds) :]:
+            axis.set_axis_off()
+        for axis, (number, seed) in zip(axes, seeds.items(), strict=False):
             for run in RUNS:
                 curve, fixed = path(seed, run), "fixed" in run
                 axis.plot(
@@ -267,7 +271,7 @@ def draw(seeds: Mapping[int, Seed], place: Path) -> None:
                 curve = seed.line(end)
                 axis.plot(curve.kl[0], curve.reward[0], color=colour, marker=marker, ms=5, lw=1.6, label=label)
             axis.set_title(f"seed {number}")
-            axis.set_xlabel("KL to the SFT policy (nats per sequence)")
+            axis.set_xlabel("KL to the distilled policy (nats per sequence)")
         axes[0].set_ylabel("reward on held-out prompts")
         axes[0].legend(frameon=False, fontsize=8.5, loc="lower right")
         for suffix in (".png", ".svg"):
