@@ -59,11 +59,9 @@ COMMANDS = {
     "rlhf, anchor on the host": f"rlhf --policy policy {ROLLED} --anchor-memory cpu --out rl-host",
     "rlhf, fixed anchor": f"rlhf --policy policy {ROLLED} --anchor sft --out rl-fixed",
     "rlhf, LoRA": f"rlhf --policy policy {ROLLED} --lora-rank 2 --out rl-lora",
-    "rlhf, factors": f"rlhf --policy policy {ROLLED} --lora-rank 2 --lora-anchor factors "
-    "--out rl-factors",
+    "rlhf, factors": f"rlhf --policy policy {ROLLED} --lora-rank 2 --lora-anchor factors --out rl-factors",
     "rlhf, 8 bits": f"rlhf --policy policy {ROLLED} --lora-rank 2 --base-bits 8 --out rl-8",
-    "rlhf, 8 bits, dense": f"rlhf --policy policy {ROLLED} --lora-rank 2 --base-bits 8 --lora-anchor dense "
-    "--out rl-8d",
+    "rlhf, 8 bits, dense": f"rlhf --policy policy {ROLLED} --lora-rank 2 --base-bits 8 --lora-anchor dense --out rl-8d",
     "eval": f"eval --model b --sft policy --prompts prompts.jsonl --reward rm {DRAWN}",
     "eval, fp32": f"eval --model b --sft policy --prompts prompts.jsonl --reward rm --dtype float32 {DRAWN}",
     "pareto": f"pareto --sft policy --policies b --merged b --etas 0.5 --prompts prompts.jsonl --reward rm {DRAWN} "
