@@ -129,15 +129,18 @@ def settings_for(config: WarpConfig, noise: float) -> dict[str, Setting] | None:
 
 
 def is_embedded(model: Path) -> bool:
-    """Whether a model descends from a network of `gemma2 tiny`, by the manifests that still exist."""
+    """Whether a model descends from the student of `gemma2 tiny`, by the manifests that still exist.
+
+    The teacher, an ancestor of what was distilled from it, has another width and says nothing.
+    """
     for place in (model, *ancestor_paths(model)):
         try:
             manifest = read_manifest(place) or {}
         except InputError:
             continue
-        if manifest.get("command") == "tiny":
-            config = manifest.get("config")
-            return isinstance(config, Mapping) and config.get("width", HIDDEN) == HIDDEN
+        config = manifest.get("config")
+        if manifest.get("command") == "tiny" and isinstance(config, Mapping) and config.get("size") == "student":
+            return bool(config.get("width", HIDDEN) == HIDDEN)
     return False
 
 

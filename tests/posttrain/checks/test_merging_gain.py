@@ -130,19 +130,22 @@ def test_the_advice_followed_literally_gives_a_run_without_the_warning(settings,
 # --- the embedded networks --------------------------------------------------------------------------------------------
 
 
-def manifest(place: Path, command: str, parent: str = "", **config: object) -> Path:
+def manifest(place: Path, command: str, *ancestors: str, **config: object) -> Path:
     place.mkdir()
-    parents = [{"role": "model", "path": parent, "weights": "x"}] if parent else []
+    parents = [{"role": "model", "path": path, "weights": "x"} for path in ancestors]
     content = {"schema_version": 1, "command": command, "config": config, "parents": parents, "status": "complete"}
     (place / "gemma2.json").write_text(json.dumps(content))
     return place
 
 
 def test_a_model_is_embedded_if_its_ancestor_is_the_student_of_tiny_in_its_default_width(tmp_path):
-    student = manifest(tmp_path / "student", "tiny", width=96)
+    student = manifest(tmp_path / "student", "tiny", size="student", width=96)
     sft = manifest(tmp_path / "sft", "sft", "../student")
-    assert is_embedded(student) and is_embedded(sft)
-    assert not is_embedded(manifest(tmp_path / "wide", "tiny", width=192))
+    manifest(tmp_path / "teacher", "tiny", size="teacher", width=160)
+    distilled = manifest(tmp_path / "distilled", "distill", "../teacher", "../sft")
+    assert is_embedded(student) and is_embedded(sft) and is_embedded(distilled)
+    assert not is_embedded(manifest(tmp_path / "taught", "sft", "../teacher"))
+    assert not is_embedded(manifest(tmp_path / "wide", "tiny", size="student", width=192))
     assert not is_embedded(manifest(tmp_path / "other", "sft", "../nothing-there"))
     assert not is_embedded(tmp_path)
 
