@@ -11,7 +11,8 @@ A curve is a polyline in the plane of KL (nats per sequence, to the SFT policy) 
     extent(a, b)      area(a; K) - area(b; K) up to K, the greater of the largest KLs: the difference of hypervolumes
     a.at_kls_of(b)    a read at the KLs of b's points. A chord lies below a curve that is concave, so that the one with
                       fewer corners loses: where those of two differ, a is compared with b once with the corners of
-                      b, where a loses (at least), and once with those of a, where b does (at most)
+                      b, where a loses (at least), and once with those of a, where b does (at most); bounds as
+                      long as reward rises with KL: trajectories that turn back can make them cross
     bend(x, f)        second divided differences ((f2 - f1) / (x2 - x1) - (f1 - f0) / (x1 - x0)) / (x2 - x0) of
                       neighbours: half the second derivative; positive where f is convex
 
@@ -44,24 +45,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma2.posttrain.evaluation.bootstrap import front_areas
-
-__all__ = [
-    "FINDINGS",
-    "RUNS",
-    "START",
-    "STEPS",
-    "Claim",
-    "Curve",
-    "Estimate",
-    "Finding",
-    "Seed",
-    "left_out",
-    "over_seeds",
-    "path",
-    "steps_of",
-    "stop",
-    "stops_of",
-]
 
 LIMIT = 3.0  # errors
 PARTS = 100  # pieces of a segment
