@@ -195,7 +195,7 @@ def verdict(rows: Sequence[PolicyRow]) -> JsonObject | None:
     metrics = [key.removesuffix("_over_start") for key in point if key.endswith("_over_start")]
     rivals = {
         "over_start": f"over {origin}, where RL started",
-        "over_single": f"over the best single run: {point.get('single')}",
+        "over_single": f"over the best single run at no more KL: {point.get('single')}",
     }
     lines = [
         {"over": words, "cells": [gain_cell(point, f"{metric}_{key}", scale_of(metric)) for metric in metrics]}

@@ -142,6 +142,7 @@ def angles(found: Collected) -> JsonObject | None:
     cells: dict[str, dict[str, float | None]] = {}
     kept: dict[str, dict[str, float | None]] = {}
     tips: dict[tuple[str, str], str] = {}
+    runs: set[int] = set()
     rows = []
     merges = sorted(found.of("merge slerp"), key=lambda stage: (stage.round.rpartition("/")[0], stage.iteration or 0))
     several = len({stage.round.rpartition("/")[0] for stage in merges if stage.round}) > 1
@@ -155,6 +156,7 @@ def angles(found: Collected) -> JsonObject | None:
         kept[f"SLERP {short}"] = {group.label: group.kept for group in groups}
         kept[f"LERP {short}"] = {group.label: group.linear for group in groups}
         tips |= {(title, group.label): group.extremes for group in groups}
+        runs |= {len(group.norms) for group in groups}
         rows += [(title, *group.row) for group in groups]
     if not cells:
         return None
@@ -174,6 +176,7 @@ def angles(found: Collected) -> JsonObject | None:
         "mean": mean_of([stage.summary.get("mean_angle") for stage in merges]),
         "slerp": percent(shares[0::2]),
         "lerp": percent(shares[1::2]),
+        "unrelated": [(count, percent([[count**-0.5]])) for count in sorted(runs - {0})],
     }
 
 

@@ -118,7 +118,7 @@ def test_the_verdict_is_over_the_start_and_over_the_best_single_run_each_with_it
     assert "SLERP 2, η 0.8 gains +2.27 ± 0.05 reward over SFT, the policy from which RL started." in text
     assert "no gain in reward over the best single run at no more KL (RL 1.2) could be shown: +0.8 ± 0.8." in text
     assert "over SFT, where RL started +2.27 ± 0.05 +0.04 ± 0.03 could be chance" in text
-    assert "over the best single run: RL 1.2 +0.8 ± 0.8 could be chance –" in text
+    assert "over the best single run at no more KL: RL 1.2 +0.8 ± 0.8 could be chance –" in text
 
 
 def test_the_front_says_how_many_merges_gain_and_no_more_than_its_table(page):
@@ -442,6 +442,18 @@ def test_the_length_that_lerp_keeps_follows_from_lengths_and_angles():
 def test_angles_of_many_pairs_are_shown_as_mean_and_range():
     group = MergedGroup({"norms": [1.0] * 3, "angles": [60.0, 70.0, None], "result_norm": 1.0})
     assert (group.angle, group.extremes) == (65.0, "60.0 to 70.0 over 2 pairs")
+
+
+@pytest.mark.parametrize(("policies", "share"), [(2, "71"), (4, "50")])
+def test_the_length_that_an_average_keeps_is_that_of_as_many_runs_as_were_merged(tmp_path, plain, policies, share):
+    # M unrelated directions of length 1: the average has length sqrt(M) / M.
+    run = Run(tmp_path / "q")
+    run.stage("sft", "sft")
+    run.stage("models/student", "tiny")
+    warp(run, "", policies=policies, steps=20)
+    text = read(run.finish(), tmp_path)[0].text.replace("\u00a0", " ")
+    assert text.count("unrelated directions of equal length") == 1
+    assert f"The average of {policies} unrelated directions of equal length has {share} % of that length." in text
 
 
 def test_runs_of_several_seeds_are_not_mixed(tmp_path, plain):
