@@ -18,11 +18,13 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -185,6 +187,33 @@ def perform(step: Step, directory: Path) -> Record:
     found = run([str(Path(sys.executable).with_name("gemma2")), *words, "--json"], directory, step.name)
     record.write_text(json.dumps(asdict(found), indent=2), encoding="utf-8")
     return found
+
+
+def perform_all(steps: Sequence[Step], directory: Path, jobs: int) -> list[Record]:
+    """Run all steps, at most `jobs` at once, and return their records in order.
+
+    A step waits for those before it whose output its command names. Each has its share of the cores, unless
+    OMP_NUM_THREADS says how many. Exits when a command fails, once those that run have ended.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    records: dict[int, Record] = {}
+    running: dict[Future[Record], int] = {}
+    waiting = [(number, sources(step, steps[:number])) for number, step in enumerate(steps)]
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            ready = [entry for entry in waiting if entry[1] <= records.keys()][: jobs - len(running)]
+            for entry in ready:
+                waiting.remove(entry)
+                running[pool.submit(perform, steps[entry[0]], directory)] = entry[0]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                records[running.pop(future)] = future.result()
+    return [records[number] for number in range(len(steps))]
+
+
+def sources(step: Step, before: Sequence[Step]) -> set[int]:
+    """The numbers of the steps whose outputs a command names."""
+    words = set(re.split(r"[\s,]+", step.command))
+    return {number for number, other in enumerate(before) if other.out in words}
 
 
 def run(command: list[str], directory: Path, name: str) -> Record:

@@ -1,6 +1,6 @@
 """WARP on real weights: SmolLM2-135M-Instruct, a verifiable reward, seven claims with a rule fixed beforehand.
 
-    python bench/real_warp.py [--out runs/real-warp] [--gsm8k FILE] [--rehearsal]
+    python bench/real_warp.py [--out runs/real-warp] [--gsm8k FILE] [--jobs 2] [--rehearsal]
 
 The task is in tasks.py: one short sentence with two given words; words to train on and held-out words are disjoint.
 
@@ -50,7 +50,7 @@ from pathlib import Path
 
 import numpy as np
 from findings import Curve, Floats, extent, gap
-from real import Step, answer, gguf_file, perform, show_records
+from real import Step, answer, gguf_file, perform_all, show_records
 from tasks import write_prompts
 
 PROMPTS = Path(__file__).resolve().parent.parent / "posttrain" / "data" / "prompts.jsonl"
@@ -95,6 +95,7 @@ def steps(size: Size) -> Iterator[Step]:
         "--warmup-ratio 0.1 --eval-fraction 0.1",
         "sft",
     )
+    yield _rl(size, "rl-5", "sft", 5, size.steps * size.longer, size.steps)  # the longest: first of those side by side
     for seed in (1, 2, 3, 4):
         yield _rl(size, f"rl-{seed}", "sft", seed, size.steps, size.steps // 2)
     for name, runs in PAIRS.items():
@@ -104,7 +105,6 @@ def steps(size: Size) -> Iterator[Step]:
     for seed in (6, 7):
         yield _rl(size, f"rl-{seed}", "liti-a", seed, size.steps, size.steps)
     yield Step("slerp 2", "merge slerp rl-6 rl-7 --base liti-a", "slerp-2", resumable=False)
-    yield _rl(size, "rl-5", "sft", 5, size.steps * size.longer, size.steps)
     measured = f"pareto --sft sft --prompts words-held.jsonl {REWARD} {SAMPLING} --etas {ETAS}"
     yield Step("front a", f"{measured} --policies base,rl-1,rl-2,linear-a,rl-5 --merged slerp-a", "front-a")
     yield Step("front b", f"{measured} --policies rl-3,rl-4,linear-b --merged slerp-b", "front-b")
@@ -376,13 +376,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/real-warp"))
     parser.add_argument("--gsm8k", type=Path, help="train.jsonl of GSM8K, for the plain questions of C7")
+    parser.add_argument("--jobs", type=int, default=2, help="commands at once, with a share of the cores each")
     parser.add_argument("--rehearsal", action="store_true", help="two steps a run, 8 prompts: the path, no claim")
     options = parser.parse_args()
     size, directory = REHEARSAL if options.rehearsal else Size(), options.out
     directory.mkdir(parents=True, exist_ok=True)
     prepare(directory, size, options.gsm8k)
     chain = [Step("convert", f"convert {shlex.quote(str(gguf_file()))}", "base", resumable=False), *steps(size)]
-    show_records([perform(step, directory) for step in chain])
+    show_records(perform_all(chain, directory, options.jobs))
     reward, kl = read_fronts(directory)
     names = ["base", "sft", "rl-1", "rl-2", "rl-3", "rl-4", "slerp-a", "slerp-b", "liti-a", "liti-b"]
     found = Measured(reward, kl, losses(directory, names), geometry(directory))

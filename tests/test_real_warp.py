@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -82,3 +83,72 @@ def test_resamples_are_the_same_for_all_columns(bench):
     values = np.random.default_rng(0).normal(size=50)
     first, second = (bench["real_warp"].resampled(column) for column in (values, values + 1))
     assert np.allclose(second - first, 1)
+
+
+# --- steps side by side ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(bench):
+    """bench/real.py, as bench/real_warp.py has imported it."""
+    return sys.modules["real"]
+
+
+def test_a_step_waits_for_the_outputs_that_its_command_names_and_for_no_others(bench, real):
+    size = bench["real_warp"].REHEARSAL
+    chain = [real.Step("convert", "convert file.gguf", "base"), *bench["real_warp"].steps(size)]
+    number = {step.out: place for place, step in enumerate(chain)}
+
+    def needed(out):
+        found = real.sources(chain[number[out]], chain[: number[out]])
+        return {chain[place].out for place in found}
+
+    assert needed("data") == {"base"} and needed("sft") == {"base", "clean"}
+    assert needed("rl-5") == needed("rl-1") == {"sft"}
+    assert needed("slerp-b") == {"rl-3", "rl-4", "sft"}
+    assert needed("rl-6") == {"liti-a", "sft"}
+    assert needed("front-a") == {"sft", "base", "rl-1", "rl-2", "linear-a", "rl-5", "slerp-a"}
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+def test_steps_run_side_by_side_and_never_before_their_sources(real, tmp_path, monkeypatch, jobs):
+    steps = [real.Step("a", "make", "a"), real.Step("b", "make", "b"), real.Step("c", "join a,b", "c")]
+    together, running, ended, lock = threading.Barrier(2), set(), [], threading.Lock()
+    most = []
+
+    def perform(step, directory):
+        with lock:
+            running.add(step.name)
+            most.append(len(running))
+            if step.name == "c":
+                assert set(ended) == {"a", "b"}
+        if jobs > 1 and step.name != "c":
+            together.wait(20)  # passes only with both inside
+        with lock:
+            running.remove(step.name)
+            ended.append(step.name)
+        return step.name
+
+    monkeypatch.setattr(real, "perform", perform)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert real.perform_all(steps, tmp_path, jobs) == ["a", "b", "c"]
+    assert max(most) == min(jobs, 2)
+
+
+def test_a_step_that_fails_ends_the_run_when_those_next_to_it_have_ended(real, tmp_path, monkeypatch):
+    steps = [real.Step("bad", "make", "a"), real.Step("good", "make", "b"), real.Step("never", "join a,b", "c")]
+    failed, ended = threading.Event(), []
+
+    def perform(step, directory):
+        if step.name == "bad":
+            failed.set()
+            sys.exit("error: gemma2 bad ended with 1")
+        assert failed.wait(20)
+        ended.append(step.name)
+        return step.name
+
+    monkeypatch.setattr(real, "perform", perform)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit, match="gemma2 bad ended with 1"):
+        real.perform_all(steps, tmp_path, 2)
+    assert ended == ["good"]
