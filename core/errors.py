@@ -35,13 +35,16 @@ __all__ = [
 
 # Failures of the operating system that any read or write may meet: they are not bugs, so they show no traceback.
 REFUSALS = {
-    *(errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOSPC, errno.EPERM, errno.EROFS),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check its place and permissions"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, then start the command again"),
+    errno.EFBIG: "choose a disk, or a limit, that takes files of this size",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EROFS: "choose a place that can be written",
 }
 # The disk itself, or the way to it: a network or a plug.
 DEVICES = {errno.EIO, errno.EINTR, errno.ENODEV, errno.ENOTCONN, errno.ENXIO, errno.ESTALE}
 # torch writes in C++ and keeps no reason.
 TORCH_WRITES = ("PytorchStreamWriter failed writing", "basic_ios::clear: iostream error", "inline_container.cc")
-HINT = "check its place and permissions"
 # numpy and Python raise MemoryError; torch, its back ends and Rust tell by their words.
 NO_MEMORY = re.compile(r"out of memory|can(?:'t|not) allocate memory|not enough memory|os error 12\b", re.I)
 # How gloo, NCCL and the store of torch.distributed say that another process is gone.
@@ -153,7 +156,7 @@ def _refused(error: BaseException) -> str | None:
         hint = _hint(error.errno)
         return f"{error.strerror}: {error.filename or 'the output'}; {hint}" if hint else None
     text = " ".join(str(error).split())
-    for number in sorted(REFUSALS | DEVICES):
+    for number in sorted(REFUSALS.keys() | DEVICES):
         if f"(os error {number})" in text:  # Rust
             return f"{os.strerror(number)}: the output ({type(error).__name__}: {text[:200]}); {_hint(number)}"
     if isinstance(error, RuntimeError) and any(words in text for words in TORCH_WRITES):
@@ -163,4 +166,6 @@ def _refused(error: BaseException) -> str | None:
 
 def _hint(number: int | None) -> str:
     """What to do about a failure of the operating system; empty for a number that a bug may have as well."""
-    return HINT if number in REFUSALS else DEVICE_HINT if number in DEVICES else ""
+    if number is None:
+        return ""
+    return REFUSALS.get(number, DEVICE_HINT if number in DEVICES else "")

@@ -54,10 +54,19 @@ def test_a_message_of_several_lines_is_printed_as_one(command, capsys):
     assert capsys.readouterr().err == "error: first second; fix it\n"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
-def test_a_refusal_of_the_operating_system_is_one_line(command, capsys, number):
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOSPC, "free some space, then start the command again"),
+        (errno.EDQUOT, "free some space, then start the command again"),
+        (errno.EACCES, "check its place and permissions"),
+        (errno.EROFS, "choose a place that can be written"),
+        (errno.ENAMETOOLONG, "choose a shorter path"),
+    ],
+)
+def test_a_refusal_of_the_operating_system_is_one_line_with_what_to_do_about_it(command, capsys, number, hint):
     assert command(OSError(number, os.strerror(number), "/some/file")) == 1
-    assert capsys.readouterr().err == f"error: {os.strerror(number)}: /some/file; check its place and permissions\n"
+    assert capsys.readouterr().err == f"error: {os.strerror(number)}: /some/file; {hint}\n"
 
 
 @pytest.mark.parametrize("bug", [RuntimeError("a bug"), KeyError("k"), OSError(errno.EBADF, "Input/output error")])

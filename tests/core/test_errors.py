@@ -108,4 +108,4 @@ def test_other_exceptions_are_bugs(error):
 def test_the_cause_of_an_exception_counts():
     error = RuntimeError("the trainer failed")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device", "weights")
-    assert refusal(error) == "No space left on device: weights; check its place and permissions"
+    assert refusal(error) == "No space left on device: weights; free some space, then start the command again"

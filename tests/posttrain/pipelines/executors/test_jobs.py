@@ -75,7 +75,10 @@ def test_what_native_code_prints_goes_to_the_log(place, monkeypatch, capfd):
 
 @pytest.mark.parametrize(
     ("number", "error"),
-    [(errno.ENOSPC, "No space left on device: w.safetensors; check its place and permissions"), (errno.EBADF, "")],
+    [
+        (errno.ENOSPC, "No space left on device: w.safetensors; free some space, then start the command again"),
+        (errno.EBADF, ""),
+    ],
 )
 def test_a_full_disk_is_one_line_and_no_bug(place, monkeypatch, number, error):
     def body(config, options, progress):
