@@ -168,7 +168,7 @@ $(VENV)/.installed-real: $(VENV)/.installed
 real: $(VENV)/.installed-real ## The same commands on real weights: SmolLM2-135M-Instruct
 	@$(BIN)/python bench/real.py --out runs/real $(QUESTIONS)
 
-real-warp: $(VENV)/.installed-real ## WARP on those weights: seven claims, about two CPU hours, resumable
+real-warp: $(VENV)/.installed-real ## WARP on those weights: seven claims, about four CPU hours, resumable
 	@$(BIN)/python bench/real_warp.py --out runs/real-warp $(if $(GSM8K),--gsm8k $(GSM8K))
 
 docs: setup-dev ## Regenerate docs/commands.md and the tables of docs/merging.md
