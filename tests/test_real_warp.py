@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 from processes import ROOT
+from waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -113,22 +114,25 @@ def test_a_step_waits_for_the_outputs_that_its_command_names_and_for_no_others(b
 @pytest.mark.parametrize("jobs", [1, 2, 3])
 def test_steps_run_side_by_side_and_never_before_their_sources(real, tmp_path, monkeypatch, jobs):
     steps = [real.Step("a", "make", "a"), real.Step("b", "make", "b"), real.Step("c", "join a,b", "c")]
-    together, ended, joined = threading.Barrier(2), [], threading.Event()
+    together, ended, running = threading.Barrier(2), [], []
 
     def perform(step, directory):
-        if step.name == "c":
-            joined.set()
-            assert set(ended) == {"a", "b"}
-            return "c"
-        if jobs > 1:
-            together.wait(20)  # passes only with both inside
-        assert not joined.wait(0.3)
+        if jobs > 1 and step.name != "c":
+            together.wait(PATIENCE)  # passes only with both inside
         ended.append(step.name)
         return step.name
 
+    def wait(futures, **options):
+        running.append(len(futures))
+        return real_wait(futures, **options)
+
     monkeypatch.setattr(real, "perform", perform)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    real_wait = real.wait
+    monkeypatch.setattr(real, "wait", wait)
     assert real.perform_all(steps, tmp_path, jobs) == ["a", "b", "c"]
+    assert running[0] == min(jobs, 2) and running[-1] == 1
+    assert ended[-1] == "c"
 
 
 def test_a_step_that_fails_ends_the_run_when_those_next_to_it_have_ended(real, tmp_path, monkeypatch):
@@ -139,7 +143,7 @@ def test_a_step_that_fails_ends_the_run_when_those_next_to_it_have_ended(real, t
         if step.name == "bad":
             failed.set()
             sys.exit("error: gemma2 bad ended with 1")
-        assert failed.wait(20)
+        assert failed.wait(PATIENCE)
         ended.append(step.name)
         return step.name
 
