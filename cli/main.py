@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gemma2.core.interrupts import Signals
-from gemma2.core.ranks import LastWord, follow_launcher, is_launched, leave_job, leave_word
+from gemma2.core.ranks import LastWord, ProcessBug, follow_launcher, is_launched, leave_job, leave_word
 from gemma2.core.streams import drop_unread, settle_streams
 
 from .terminal import opening
@@ -30,6 +30,7 @@ KINDS = {
     "InputError": "input",
     "OutputError": "output",
     "OutOfMemory": "system",
+    "SystemRefusal": "system",
     "GuardStop": "guard",
     "AlertStop": "alert",
     "Gemma2Error": "error",
@@ -101,7 +102,8 @@ def run(arguments: list[str]) -> int:
         return code
     except Gemma2Error as error:
         kind = next(name for base, name in KINDS.items() if base in {one.__name__ for one in type(error).__mro__})
-        leave_word(LastWord("error", error.exit_code, type(error).__name__, error.what, error.hint))
+        if leave_word(LastWord.of(error)):
+            return error.exit_code
         _say_as_json(arguments, kind, error.exit_code, error.what, error.hint, error.where)
         return _fail(str(error), error.exit_code)
     except SystemExit as error:
@@ -109,25 +111,34 @@ def run(arguments: list[str]) -> int:
             leave_word(LastWord("followed", int(error.code or 0)))
             raise
         what, fix = f"code that the command called ended it: sys.exit({error.code!r}){_place(error)}", "take that out"
-        leave_word(LastWord("error", 1, "InputError", what, fix))
+        if leave_word(LastWord("error", 1, "InputError", what, fix)):
+            return 1
         _say_as_json(arguments, "input", 1, what, fix)
         return _fail(f"{what}; {fix}", 1)
     except BrokenPipeError as error:
         if drop_unread():
             return _end_unread()
-        _say_bug(arguments, error)
+        if _say_bug(arguments, error):
+            return 1
         raise
+    except ProcessBug as error:
+        _say_bug(arguments, error)
+        sys.stderr.write(error.trace)
+        return 1
     except Exception as error:
         line = refusal(error) or _lost(error)
         if line is None:
-            _say_bug(arguments, error)
+            if _say_bug(arguments, error):
+                return 1
             raise
         what, _, fix = line.partition("; ")
         if lost_connection(error) and is_launched():
             leave_word(LastWord("lost", 1, "PeerLost", what, fix))
             return 1  # the command that has started this process knows which one is gone, and why
-        leave_word(LastWord("error", 1, "Gemma2Error", what, fix))
-        _say_as_json(arguments, "system", 1, what, fix, str(getattr(error, "filename", None) or ""))
+        where = str(getattr(error, "filename", None) or "")
+        if leave_word(LastWord("error", 1, "SystemRefusal", what, fix, where)):
+            return 1
+        _say_as_json(arguments, "system", 1, what, fix, where)
         return _fail(line, 1)
     finally:
         opening.clear()
@@ -183,11 +194,17 @@ def _say_kept() -> None:
         sys.stderr.write(f"note: {note}\n")
 
 
-def _say_bug(arguments: Sequence[str], error: Exception) -> None:
+def _say_bug(arguments: Sequence[str], error: Exception) -> bool:
+    """Say a bug as --json asks for it, or leave it to the command that has started this process: then return True."""
+    import traceback
+
     opening.clear()
-    what = f"{type(error).__name__}: {error}"
-    leave_word(LastWord("bug", 1, type(error).__name__, what))
+    what = str(error) if isinstance(error, ProcessBug) else f"{type(error).__name__}: {error}"
+    trace = "".join(traceback.format_exception(error))
+    if leave_word(LastWord("bug", 1, type(error).__name__, what, trace=trace)):
+        return True
     _say_as_json(arguments, "bug", 1, what, "report it with the traceback, which is on stderr")
+    return False
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ Gemma2Error            exit code 1   a clear error
 ├── InputError         exit code 1   a file, model or data set that cannot be used
 │   └── PeerLost       exit code 1   another process of the job, on another machine, is gone
 ├── OutputError        exit code 1   the output exists, is locked or does not fit
-├── OutOfMemory    exit code 1   memory is exhausted, of the machine or of an accelerator
+├── OutOfMemory        exit code 1   memory is exhausted, of the machine or of an accelerator
+├── SystemRefusal      exit code 1   the operating system refused a read or a write, in another process
 ├── GuardStop          exit code 3   a guard stopped the run (KL limit, NaN, no signal)
 └── AlertStop          exit code 4   an alert of `gemma2 watch` ended the run
 
@@ -27,6 +28,7 @@ __all__ = [
     "OutOfMemory",
     "OutputError",
     "PeerLost",
+    "SystemRefusal",
     "UsageError",
     "lost_connection",
     "memory_asked",
@@ -95,6 +97,10 @@ class OutputError(Gemma2Error, OSError):
 
 class OutOfMemory(Gemma2Error, MemoryError):
     """There is not enough memory for the next step; the last checkpoint is kept."""
+
+
+class SystemRefusal(Gemma2Error):
+    """A full disk, a missing permission or the like that another process met; its own error cannot be sent."""
 
 
 class GuardStop(Gemma2Error, RuntimeError):

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m gemma2.cli.main rlhf ...
 
 A command that starts its own processes (posttrain/launch) gives them a folder, in which each leaves a word about how
-it ended; the command that started them reads these words, and says once for all what was wrong.
+it ended, and says nothing; the command that started them reads these words, and says once for all what was wrong. The
+launcher ends all processes at the first failure: one that said its line itself could be ended just before.
 
 A single process does not import torch. Rank 0 alone opens outputs, logs, and makes the decisions that depend on the
 disk, and sends them to the others; if it fails, they end silently with the same exit code. If another rank fails,
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 from . import errors
-from .errors import Gemma2Error, UsageError, refusal
+from .errors import Gemma2Error, SystemRefusal, UsageError, refusal
 
 __all__ = [
     "ALONE",
@@ -37,6 +38,7 @@ __all__ = [
     "LAUNCHER",
     "WAIT",
     "LastWord",
+    "ProcessBug",
     "RankEnd",
     "Ranks",
     "announced",
@@ -65,6 +67,7 @@ class LastWord:
     kind   error: a clear error, by `name` of its class; bug: with a traceback; lost: another process was gone;
            followed: rank 0 had ended the job
     code   exit code
+    trace  traceback of a bug
     """
 
     kind: Literal["error", "bug", "lost", "followed"]
@@ -72,6 +75,21 @@ class LastWord:
     name: str = ""
     what: str = ""
     hint: str = ""
+    where: str = ""
+    trace: str = ""
+
+    @classmethod
+    def of(cls, error: Gemma2Error) -> LastWord:
+        """That of a clear error."""
+        return cls("error", error.exit_code, type(error).__name__, error.what, error.hint, error.where)
+
+
+class ProcessBug(Exception):
+    """A bug in one of the processes that this command has started; `trace` is its traceback."""
+
+    def __init__(self, what: str, trace: str) -> None:
+        super().__init__(what)
+        self.trace = trace
 
 
 def is_launched() -> bool:
@@ -79,15 +97,22 @@ def is_launched() -> bool:
     return FOLDER in os.environ
 
 
-def leave_word(word: LastWord) -> None:
-    """Leave a word for the command that has started this process, if one has; the first word counts."""
-    if is_launched():
-        with suppress(OSError):  # the command is gone, or its disk is full: it will say that there was no word
-            place = Path(os.environ[FOLDER], f"end-{os.environ.get('RANK', '0')}.json")
-            if not place.exists():
-                aside = place.with_suffix(".tmp")
-                aside.write_text(json.dumps(asdict(word)), encoding="utf-8")
-                aside.replace(place)
+def leave_word(word: LastWord) -> bool:
+    """Leave a word for the command that has started this process, and return whether that will say it.
+
+    Not so where none has started it, or the word cannot be written. The first word counts.
+    """
+    if not is_launched():
+        return False
+    place = Path(os.environ[FOLDER], f"end-{os.environ.get('RANK', '0')}.json")
+    try:
+        if not place.exists():
+            aside = place.with_suffix(".tmp")
+            aside.write_text(json.dumps(asdict(word)), encoding="utf-8")
+            aside.replace(place)
+    except OSError:  # the command is gone, or its disk is full
+        return False
+    return True
 
 
 def leave_job() -> None:
@@ -159,7 +184,7 @@ class Failure:
         if line is None:
             return None
         what, _, hint = line.partition("; ")
-        return cls("Gemma2Error", what, hint, "", Gemma2Error.exit_code)
+        return cls("SystemRefusal", what, hint, "", SystemRefusal.exit_code)
 
     def error(self) -> Gemma2Error:
         """The error again, marked as one that every rank knows."""

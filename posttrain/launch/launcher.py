@@ -4,8 +4,8 @@
 
 The launcher is the one behind torchrun (torch.distributed.launcher): on one machine the processes meet at a port that
 is free, on several at the head's. Rank 0 has the terminal; what the others write to stderr is shown only if they fail.
-If one ends, the launcher ends the rest. Each process leaves a word about its end (core/ranks.py), so that one line is
-said, of the process that was the cause, and torch's own report is left out.
+If one ends, the launcher ends the rest. Each process leaves a word about its end (core/ranks.py) and says nothing, so
+that one line is said here, of the process that was the cause, and torch's own report is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from gemma2.core import errors
 from gemma2.core.errors import Gemma2Error, InputError, UsageError
 from gemma2.core.interrupts import OF_RANKS, Signals
-from gemma2.core.ranks import FOLDER, LAUNCHER, LastWord, last_words
+from gemma2.core.ranks import FOLDER, LAUNCHER, LastWord, ProcessBug, last_words
 from gemma2.posttrain.runs.machine import CHOICE
 
 from .nodes import Meeting
@@ -97,10 +97,10 @@ def check_torch() -> None:
 
 
 def run_processes(processes: Processes) -> int:
-    """Start the processes, wait for their end, and return the exit code of the command.
+    """Start the processes, wait for their end, and return 0, the exit code of processes that did their work.
 
-    A line that rank 0 has said is not repeated. Raises what another process has left a word about, ProcessEnd for one
-    that was killed, InputError where the machines do not meet.
+    Raises the error that a process has left a word about, ProcessBug for a bug, ProcessEnd for a process that was
+    killed, InputError where the machines do not meet.
     """
     check_torch()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -121,7 +121,7 @@ def run_processes(processes: Processes) -> int:
                 rank: Ended(rank, failure.pid, failure.exitcode, _stderr(folder, failure.local_rank))
                 for rank, failure in error.failures.items()
             }
-            return outcome(found, last_words(folder))
+            raise cause(found, last_words(folder)) from None
         except (RuntimeError, OSError) as error:
             raise _no_meeting(processes.meeting, error) from error
         finally:
@@ -153,31 +153,24 @@ def _settings(processes: Processes, folder: Path) -> LaunchConfig:
     )
 
 
-def outcome(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> int:
-    """Return the exit code of a command whose processes have failed, or raise the line that rank 0 has not said.
+def cause(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> Exception:
+    """Return the error of a command whose processes have failed.
 
     ended  those that failed on this machine, by rank, those that the launcher then ended included
     words  what the processes have left about their ends
     """
-    first = words.get(0)
-    if first is not None and first.kind != "lost":
-        return first.code
+    if 0 in words and words[0].kind != "lost":
+        return _again(0, words[0])
     for one in ended.values():
         if -one.code in KILLED and one.rank not in words:  # with a word it was on its way out
-            raise _killed(one)
-    for rank, word in sorted(words.items()):
+            return _killed(one)
+    for rank, word in sorted(words.items(), key=lambda item: (item[1].kind == "lost", item[0])):
         if word.kind == "followed":
             what = f"rank 0, on another machine, has ended the job with exit code {word.code}"
-            raise ProcessEnd(what, "it says why where it runs", word.code)
-        if word.kind == "error":
-            raise _again(rank, word)
-        if word.kind == "bug":
-            sys.stderr.write(ended[rank].stderr if rank in ended else f"{word.name}: {word.what}\n")
-            return word.code
-    for rank, word in sorted(words.items()):
-        raise _again(rank, word)
+            return ProcessEnd(what, "it says why where it runs", word.code)
+        return _again(rank, word)
     one = min(ended.values(), key=lambda one: one.code < 0)
-    raise ProcessEnd(
+    return ProcessEnd(
         f"rank {one.rank} (process {one.pid}) ended with exit code {one.code} and left no word{_wrote(one)}",
         GO_ON,
         abs(one.code) if one.code > 0 else 128 - one.code,
@@ -197,13 +190,15 @@ def _wrote(one: Ended) -> str:
     return f"; it wrote: {tail}" if tail else ""
 
 
-def _again(rank: int, word: LastWord) -> Gemma2Error:
-    """The error that a process had, as one of this process."""
+def _again(rank: int, word: LastWord) -> Exception:
+    """The error that a process had, as one of this process, with its rank where others may not have had the same."""
+    if word.kind == "bug":
+        return ProcessBug(word.what, word.trace)
     kind = getattr(errors, word.name, Gemma2Error)
-    made: Gemma2Error = kind(f"rank {rank}: {word.what}", word.hint)
-    if made.exit_code != word.code:
-        return ProcessEnd(made.what, made.hint, word.code)
-    return made
+    alike = rank == 0 or issubclass(kind, UsageError)  # the command line is that of all: the first to see it says so
+    what = word.what if alike else f"rank {rank}: {word.what}"
+    made: Gemma2Error = kind(what, word.hint, word.where)
+    return made if made.exit_code == word.code else ProcessEnd(made.what, made.hint, word.code)
 
 
 def _stderr(folder: Path, local: int) -> str:

@@ -14,6 +14,7 @@ from waiting import PATIENCE
 
 from gemma2.cli import app, main
 from gemma2.core.errors import GuardStop, InputError, OutputError, UsageError
+from gemma2.core.ranks import FOLDER, ProcessBug, last_words
 
 
 @pytest.fixture
@@ -136,6 +137,32 @@ def test_with_json_a_bug_is_an_object_too_and_keeps_its_traceback(monkeypatch, c
     with pytest.raises(KeyError):
         main.run(["sft", "--json"])
     assert error_object(capsys.readouterr().out)["kind"] == "bug"
+
+
+def test_a_bug_of_a_process_that_the_command_has_started_is_that_of_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(app, "invoke", lambda arguments: _raise(ProcessBug("KeyError: 'k'", "Traceback\nthere\n")))
+    assert main.run(["sft", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert (error_object(out)["kind"], json.loads(out)["error"]["what"]) == ("bug", "KeyError: 'k'")
+    assert err == "Traceback\nthere\n"
+
+
+@pytest.mark.parametrize(
+    "error", [UsageError("no", "give one"), KeyError("k"), OSError(errno.ENOSPC, "No space left on device", "f")]
+)
+def test_a_process_that_a_command_has_started_leaves_its_word_and_says_nothing(monkeypatch, capsys, tmp_path, error):
+    monkeypatch.setattr(app, "invoke", lambda arguments: _raise(error))
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    assert main.run(["sft", "--json"]) == getattr(error, "exit_code", 1)
+    assert capsys.readouterr() == ("", "")
+    assert last_words(tmp_path)[0].what
+
+
+def test_a_process_whose_word_cannot_be_written_says_it_itself(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(app, "invoke", lambda arguments: _raise(UsageError("no", "give one")))
+    monkeypatch.setenv(FOLDER, str(tmp_path / "gone"))
+    assert main.run(["sft"]) == UsageError.exit_code
+    assert capsys.readouterr().err == "error: no; give one\n"
 
 
 def test_a_json_after_two_dashes_is_a_word(command, monkeypatch, capsys):

@@ -13,15 +13,15 @@ from types import SimpleNamespace
 import pytest
 
 from gemma2.core import ranks
-from gemma2.core.errors import GuardStop, InputError, PeerLost, UsageError
-from gemma2.core.ranks import FOLDER
+from gemma2.core.errors import GuardStop, InputError, PeerLost, SystemRefusal, UsageError
+from gemma2.core.ranks import FOLDER, ProcessBug
 from gemma2.posttrain.launch import launcher
 from gemma2.posttrain.launch.launcher import ProcessEnd, Processes, run_processes
 from gemma2.posttrain.launch.nodes import Meeting
 
 # A process of a command whose work is a word for each rank; the entry point around it is the real one.
 WORKER = """
-import os, signal, sys, time
+import errno, os, signal, sys, time
 from gemma2.core.errors import GuardStop, InputError, UsageError
 from gemma2.cli import app, main
 
@@ -33,6 +33,14 @@ def invoke(words):
         raise GuardStop("the KL is 300", "lower the rate")
     if work == "usage":
         raise UsageError("--n 0 is too small", "give 1")
+    if work == "absent":
+        raise InputError("d is no file", "give one", "d:1")
+    if work == "full":
+        raise OSError(errno.ENOSPC, "No space left on device", "out")
+    if work == "cut off":
+        said = main.leave_word
+        main.leave_word = lambda word: (said(word), os.kill(os.getpid(), signal.SIGTERM), time.sleep(600))
+        raise InputError("d is no file", "give one", "d:1")
     if work == "bug":
         raise KeyError("forgotten")
     if work == "lost":
@@ -87,10 +95,33 @@ def test_processes_that_do_their_work_end_with_0(run, capfd):
     assert FOLDER not in os.environ
 
 
-@pytest.mark.parametrize("works", [("usage", "sleep"), ("usage", "usage"), ("usage", "lost")])
-def test_what_rank_0_has_said_is_not_said_again(run, capfd, works):
-    assert run(*works) == UsageError.exit_code
-    assert capfd.readouterr().err == "error: --n 0 is too small; give 1\n"
+@pytest.mark.parametrize(
+    "works", [("usage", "sleep"), ("usage", "usage"), ("usage", "lost"), ("sleep", "usage"), ("lost", "usage")]
+)
+def test_an_error_of_the_command_line_is_one_line_whichever_rank_was_the_first_to_see_it(run, capfd, works):
+    with pytest.raises(UsageError) as caught:
+        run(*works)
+    assert str(caught.value) == "--n 0 is too small; give 1"
+    assert capfd.readouterr().err == ""  # of the processes; the entry point of this one says it
+
+
+@pytest.mark.parametrize(("works", "who"), [(("absent", "sleep"), ""), (("sleep", "absent"), "rank 1: ")])
+def test_an_error_keeps_its_place_and_the_rank_of_a_process_that_may_have_been_the_only_one(run, works, who):
+    with pytest.raises(InputError, match=f"^{who}d is no file; give one$") as caught:
+        run(*works)
+    assert (caught.value.where, caught.value.exit_code) == ("d:1", InputError.exit_code)
+
+
+def test_what_the_system_has_refused_to_a_process_stays_a_refusal(run):
+    with pytest.raises(SystemRefusal, match=r"^No space left on device: out; free some space") as caught:
+        run("full", "sleep")
+    assert caught.value.where == "out"
+
+
+def test_a_process_that_is_ended_before_it_could_say_its_line_has_its_line_said(run, capfd):
+    with pytest.raises(InputError, match=r"^d is no file; give one$"):
+        run("cut off", "sleep")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("first", ["sleep", "lost"])
@@ -100,10 +131,12 @@ def test_the_error_of_another_rank_is_the_error_of_the_command(run, capfd, first
     assert capfd.readouterr().err == ""
 
 
-def test_a_bug_of_another_rank_keeps_its_traceback(run, capfd):
-    assert run("sleep", "bug") == 1
-    said = capfd.readouterr().err
-    assert said.startswith("Traceback") and said.endswith("KeyError: 'forgotten'\n")
+@pytest.mark.parametrize("works", [("sleep", "bug"), ("bug", "sleep"), ("bug", "lost")])
+def test_a_bug_of_any_rank_keeps_its_traceback(run, capfd, works):
+    with pytest.raises(ProcessBug, match=r"^KeyError: 'forgotten'$") as caught:
+        run(*works)
+    assert caught.value.trace.startswith("Traceback") and caught.value.trace.endswith("KeyError: 'forgotten'\n")
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("works", [("sleep", "SIGKILL"), ("lost", "SIGKILL"), ("SIGKILL", "lost"), ("sleep", "SIGBUS")])
@@ -117,7 +150,7 @@ def test_a_process_that_was_killed_is_named_with_its_signal(run, capfd, works):
 
 
 def test_a_connection_that_is_lost_for_no_reason_on_this_machine_is_one_line(run, capfd):
-    with pytest.raises(PeerLost, match=r"rank 0: another process of the job is gone .*Connection closed by peer"):
+    with pytest.raises(PeerLost, match=r"^another process of the job is gone .*Connection closed by peer"):
         run("lost", "sleep")
     assert capfd.readouterr().err == ""
 
