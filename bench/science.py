@@ -21,7 +21,8 @@ Of every seed, after the chain of the recipe up to the reward model:
 The trajectory of a run is what it measured of itself 19 times on the way, on the prompts and the random numbers of the
 fronts. M = 1 is policy-1, M = 2 slerp, M = 4 slerp-4, each with the line from the distilled policy.
 
-Findings, errors and the rule by which a claim holds are in findings.py, the table that came out is in docs/warp.md. It
+Findings, errors and the rule by which a claim holds are in findings.py, the table that came out is in docs/warp.md;
+a second table, by the judge that RL never sees, has the rows of judged.py. It
 is no test: the exit code is 0 whatever holds. A run that was interrupted goes on; a finished one is only read.
 """
 
@@ -59,12 +60,13 @@ from findings import (
     stop,
     stops_of,
 )
+from judged import JUDGED
 
 from gemma2.cli.terminal.console import Console
 from gemma2.cli.tools.pipeline import Announcer
 from gemma2.configs import recipes
 from gemma2.merging.inspect.difference import Difference, diff_models
-from gemma2.posttrain.evaluation.front_files import answers_of, read_entries, read_front
+from gemma2.posttrain.evaluation.front_files import FrontEntry, read_entries, read_front
 from gemma2.posttrain.pipelines.compile import Pipeline, compile_pipeline, read_pipeline
 from gemma2.posttrain.pipelines.executors.processes import LocalExecutor
 from gemma2.posttrain.pipelines.references import lookup, replaced
@@ -156,26 +158,42 @@ def _measured(front: StageFile, stages: Mapping[str, StageFile], prefix: str) ->
 
 
 def read_seed(folder: Path) -> Seed:
-    """The values of every policy and place on a line, and the geometry."""
+    """The rewards of every policy, of every place on a line and of the stops of every run, and the geometry."""
     kl: dict[object, Floats] = {}
     reward: dict[object, Floats] = {}
-    for directory in sorted((folder / "measured").iterdir()):
-        entries = read_entries(directory, read_front(directory, "measured"))
-        answers = answers_of(entries)
-        for entry, *values in zip(entries, answers.kl, answers.reward, strict=True):
-            candidate = entry.candidate
-            place = candidate.models[-1].path.relative_to(folder.resolve()).as_posix()
-            key = (place, candidate.eta) if candidate.kind == "line" else place
-            kl[key], reward[key] = values
-            for point in entry.trajectory:
-                measured = [np.asarray(point["values"][name], dtype=np.float64) for name in ("kl", "reward")]
-                kl[stop(place, point["step"])], reward[stop(place, point["step"])] = measured
+    for place, entry in _measurements(folder):
+        kl[place], reward[place] = (np.asarray(entry.values[name], dtype=np.float64) for name in ("kl", "reward"))
+        for point in entry.trajectory:
+            measured = [np.asarray(point["values"][name], dtype=np.float64) for name in ("kl", "reward")]
+            kl[stop(str(place), point["step"])], reward[stop(str(place), point["step"])] = measured
     for run in RUNS.values():
         missing = [step for step in stops_of(run) if stop(run, step) not in kl]
         if missing:
             raise SystemExit(f"{folder / run} has no evaluation that is made as the fronts are at step {missing[0]}")
+    return _seed(kl, reward, geometry_of(folder))
+
+
+def read_judged(folder: Path) -> Seed:
+    """The judge's marks of every policy and of every place on a line, in place of rewards."""
+    kl: dict[object, Floats] = {}
+    marks: dict[object, Floats] = {}
+    for place, entry in _measurements(folder):
+        kl[place], marks[place] = (np.asarray(entry.values[name], dtype=np.float64) for name in ("kl", "judge"))
+    return _seed(kl, marks, {})
+
+
+def _seed(kl: Mapping[object, Floats], reward: Mapping[object, Floats], geometry: Mapping[str, float]) -> Seed:
     means = [left_out(np.stack(list(values.values()))) for values in (kl, reward)]
-    return Seed({name: column for column, name in enumerate(kl)}, means[0], means[1], geometry_of(folder))
+    return Seed({name: column for column, name in enumerate(kl)}, means[0], means[1], geometry)
+
+
+def _measurements(folder: Path) -> Iterator[tuple[object, FrontEntry]]:
+    """Every point of the fronts, by its policy or its place on a line."""
+    for directory in sorted((folder / "measured").iterdir()):
+        for entry in read_entries(directory, read_front(directory, "measured")):
+            candidate = entry.candidate
+            place = candidate.models[-1].path.relative_to(folder.resolve()).as_posix()
+            yield (place, candidate.eta) if candidate.kind == "line" else place, entry
 
 
 def geometry_of(folder: Path) -> dict[str, float]:
@@ -321,6 +339,7 @@ def main() -> None:
     folders = {seed: options.out / f"seed-{seed}" for seed in options.seeds}
     seeds = {seed: read_seed(folder) for seed, folder in folders.items()}
     text = table(FINDINGS, seeds)
+    text += f"\n\n{table(JUDGED, {seed: read_judged(folder) for seed, folder in folders.items()})}"
     draw(seeds, options.out / "science")
     told = "" if spent is None else f", {spent:.0f} CPU seconds"
     cost = f"{len(result.ran)} of {len(pipeline.stages)} stages run: {time.monotonic() - started:.0f} s{told}"

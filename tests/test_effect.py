@@ -64,6 +64,32 @@ def test_the_gain_of_merging_is_read_from_the_summary(tmp_path):
     assert effect.over_single(tmp_path) == [(0.1, 0.01), (0.2, 0.02), (0.3, 0.03)]
 
 
+def test_over_all_seeds_the_error_is_the_larger_of_that_of_the_prompts_and_that_of_the_spread():
+    # Spread: deviations of 0.3, 0, -0.3; the root of 0.18 / 2 / 3 is 0.1732. Prompts: 0.03 sqrt(3) / 3 is 0.0173.
+    assert effect.over_all([(0.5, 0.03), (0.8, 0.03), (0.2, 0.03)]) == pytest.approx((0.5, 0.17320508))
+    assert effect.over_all([(0.5, 3.0)] * 4) == pytest.approx((0.5, 1.5))  # 3 / sqrt(4); no spread
+    # One seed of ten carries it: a mean of 0.109 with 0.003 from the prompts, 0.099 from the spread.
+    assert not effect.shows(seeds([UP] * 10, [(1.0, 0.01)] + [(0.01, 0.01)] * 9))
+
+
+def test_the_first_slerp_is_set_against_the_mean_of_its_policies_on_each_prompt(tmp_path):
+    values = {"a": [1.0, 3.0, 2.0], "b": [3.0, 5.0, 2.0], "s": [4.0, 4.0, 4.0], "c": [9.0] * 3, "t": [50.0] * 3}
+    kinds = {"a": ("policy", 1), "b": ("policy", 1), "s": ("slerp", 1), "c": ("line", 1), "t": ("slerp", 2)}
+    front = tmp_path / "warp" / "front"
+    front.mkdir(parents=True)
+    points = [{"name": name, "kind": kind, "iteration": iteration} for name, (kind, iteration) in kinds.items()]
+    (front / "front.json").write_text(json.dumps({"points": points}))
+    measured = {name: dict.fromkeys(effect.COLUMNS, one) for name, one in values.items()}
+    (front / "prompts.json").write_text(json.dumps({"points": measured}))
+    # On the three prompts 4 - 2, 4 - 4, 4 - 2: a mean of 4/3, sd 2/sqrt(3), error 2/3.
+    assert effect.over_policies(tmp_path) == [pytest.approx((4 / 3, 2 / 3))] * 4
+
+
+def test_a_row_has_a_cell_for_every_column():
+    row = effect.table_row("3", "chosen - single", [(0.5, 0.25), (0.1, 0.05), (-0.3, 0.1)])
+    assert row == "| 3 | chosen - single | +0.500 (+2.0 SE) | +0.100 (+2.0 SE) | -0.300 (-3.0 SE) |  |"
+
+
 def test_a_gain_has_the_error_of_both_figures():
     after, before = {"reward": 5.0, "reward_se": 0.3}, {"reward": 2.0, "reward_se": 0.4}
     assert effect.gain(after, before, "reward") == pytest.approx((3.0, 0.5))

@@ -20,6 +20,7 @@ def load(name):
 
 
 findings = load("findings")
+judged = load("judged")
 Curve, Estimate, Finding, Seed = findings.Curve, findings.Estimate, findings.Finding, findings.Seed
 
 
@@ -246,6 +247,27 @@ def test_what_is_compared_is_measured_once(stages):
     runs = {*findings.RUNS.values(), *findings.ALL}
     merges = (findings.TWO, findings.FOUR, findings.SECOND, findings.LERP)
     assert sorted(listed) == sorted(f"${{seed-0/{name}.out}}" for name in (*runs, *merges))
+
+
+def test_the_judge_takes_the_place_of_the_reward_and_trajectories_are_left_out(science, tmp_path, monkeypatch):
+    def entry(place, kl, judge, eta=None):
+        models, kind = [SimpleNamespace(path=tmp_path / place)], "policy" if eta is None else "line"
+        candidate = SimpleNamespace(models=models, kind=kind, eta=eta)
+        values = {"kl": [kl - 1, kl + 1], "reward": [90.0, 90.0], "judge": [judge - 0.1, judge + 0.1]}
+        return SimpleNamespace(candidate=candidate, values=values, trajectory=[{"step": 6, "values": {}}])
+
+    first, second = findings.PAIR
+    found = [entry(first, 2.0, 0.5), entry(second, 4.0, 0.6), entry(findings.TWO, 3.0, 0.8)]
+    found += [entry(findings.TWO, kl, judge, eta) for kl, judge, eta in ((1.0, 0.4, 0.0), (3.0, 0.8, 1.0))]
+    (tmp_path / "measured" / "one").mkdir(parents=True)
+    monkeypatch.setattr(science, "read_entries", lambda *_: found)
+    monkeypatch.setattr(science, "read_front", lambda *_: {})
+    seed = science.read_judged(tmp_path)
+    rows = {finding.name: finding for finding in judged.JUDGED["By the judge"]}
+    assert rows["judge, SLERP − its policies"].estimate(seed).value == pytest.approx(0.8 - 0.55)
+    # The line has 0.6 at a KL of 2, where the first run ended at 0.5, and 0.8, its end, where the second did at 0.6.
+    over = rows["judge at equal KL, line of SLERP − ends of its runs"]
+    assert over.estimate(seed).value == pytest.approx((0.1 + 0.2) / 2)
 
 
 @pytest.mark.parametrize("missing", [None, 12])
