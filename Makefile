@@ -67,7 +67,7 @@ quickstart: setup ## The whole pipeline on the embedded models: two to five minu
 	@$(BIN)/gemma2 quickstart --out $(OUT)
 
 # One process per core and one more (tests/conftest.py), one thread each; the tests of one file stay in one process and share their fixtures.
-test: setup-dev ## Unit tests: about two minutes on two cores
+test: setup-dev ## Unit tests: about nine minutes on two cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: setup-dev ## What takes longer: trained embedded models, whole pipelines
@@ -144,7 +144,7 @@ recipes: setup-dev ## The plan in the head of every recipe, and the table of doc
 effect: setup-dev ## What each step of the quickstart adds over ten seeds, and merging over single runs: about 25 minutes
 	@$(BIN)/python bench/effect.py --out runs/effect
 
-ranges: setup-dev ## README's table: the quickstart over ten seeds (those of `make effect`) and two more ways to round
+ranges: setup-dev ## README's table: the quickstart over ten seeds (those of `make effect`)
 	@$(BIN)/python bench/quickstart_ranges.py --out runs/effect
 
 science: setup-dev ## WARP's findings over three seeds, next to the paper's claims: about 12 minutes on two cores
@@ -152,7 +152,9 @@ science: setup-dev ## WARP's findings over three seeds, next to the paper's clai
 
 # Outputs of gemma2 quickstart --seed 0 to 5, as bench/effect.py makes them.
 QUICKSTARTS ?= $(wildcard runs/effect/seed-[0-5])
-hacking: setup ## WARM and reward hacking: one reward model against the average of four, on QUICKSTARTS; about 23 CPU minutes for six
+hacking: setup ## WARM and reward hacking: one reward model against the average of four, on QUICKSTARTS, six of `make effect`; about 23 CPU minutes
+	@test -n "$(QUICKSTARTS)" || { echo 'error: runs/effect has no quickstarts; run make effect first, or give' \
+	    'QUICKSTARTS="DIR ...", outputs of gemma2 quickstart with different seeds' >&2; exit 2; }
 	@$(BIN)/python bench/hacking.py $(QUICKSTARTS) --out runs/hacking
 
 science-full: setup-dev ## The same over six seeds, whose result is docs/science.md: about 25 minutes on two cores

@@ -10,7 +10,7 @@ The task is in tasks.py: one short sentence with two given words; words to train
     slerp-a, slerp-b, linear-a, linear-b      merges of rl-1 and rl-2, of rl-3 and rl-4
     liti-a, liti-b                            half-way from sft to either SLERP
     rl-6, rl-7, slerp-2                       the second iteration of WARP, from liti-a
-    rl-5     RL from sft for 128 steps: as many completions as the four runs of one iteration
+    rl-5     RL from sft for 128 steps: as many completions as the four runs of two iterations
     fronts   400 held-out prompts, one answer each, common random numbers, exact KL per position
 
 Why 16 completions a step: the noise that merging averages away has the share of the task vectors that their number
