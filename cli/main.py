@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
-from gemma2.core.interrupts import Signals
-from gemma2.core.ranks import LastWord, ProcessBug, follow_launcher, is_launched, leave_job, leave_word
+from gemma2.core.interrupts import Interrupted, Signals
+from gemma2.core.ranks import LastWord, ProcessBug, RankEnd, follow_launcher, is_launched, leave_job, leave_word
 from gemma2.core.streams import drop_unread, settle_streams
 
 from .terminal import opening
@@ -106,9 +106,11 @@ def run(arguments: list[str]) -> int:
             return error.exit_code
         _say_as_json(arguments, kind, error.exit_code, error.what, error.hint, error.where)
         return _fail(str(error), error.exit_code)
+    except RankEnd as error:
+        leave_word(LastWord("followed", int(error.code or 0)))
+        return int(error.code or 0)
     except SystemExit as error:
-        if _is_ours(error):
-            leave_word(LastWord("followed", int(error.code or 0)))
+        if "_GEMMA2_COMPLETE" in os.environ:  # of a shell's completion
             raise
         what, fix = f"code that the command called ended it: sys.exit({error.code!r}){_place(error)}", "take that out"
         if leave_word(LastWord("error", 1, "InputError", what, fix)):
@@ -125,7 +127,9 @@ def run(arguments: list[str]) -> int:
         _say_bug(arguments, error)
         sys.stderr.write(error.trace)
         return 1
-    except Exception as error:
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # torch.distributed.checkpoint has errors that are no Exception
         line = refusal(error) or _lost(error)
         if line is None:
             if _say_bug(arguments, error):
@@ -144,20 +148,13 @@ def run(arguments: list[str]) -> int:
         opening.clear()
 
 
-def _lost(error: Exception) -> str | None:
+def _lost(error: BaseException) -> str | None:
     """The line of a process of several that has lost another one."""
     from gemma2.core.errors import lost_connection
     from gemma2.core.ranks import announced
 
     words = lost_connection(error) if announced() > 1 else None
     return words and f"another process of the job is gone ({words}); see what ended it, then continue with --resume"
-
-
-def _is_ours(error: SystemExit) -> bool:
-    """Whether an end of the process was meant: of a rank whose rank 0 has said why, or of a shell's completion."""
-    from gemma2.core.ranks import RankEnd
-
-    return isinstance(error, RankEnd) or "_GEMMA2_COMPLETE" in os.environ
 
 
 def _place(error: BaseException) -> str:
@@ -194,7 +191,7 @@ def _say_kept() -> None:
         sys.stderr.write(f"note: {note}\n")
 
 
-def _say_bug(arguments: Sequence[str], error: Exception) -> bool:
+def _say_bug(arguments: Sequence[str], error: BaseException) -> bool:
     """Say a bug as --json asks for it, or leave it to the command that has started this process: then return True."""
     import traceback
 
@@ -211,14 +208,12 @@ def main() -> None:
     """The console script `gemma2`."""
     settle_streams()  # before anything opens a file
     signals = Signals()
-    signals.install()
-    follow_launcher()
     try:
+        signals.install()
+        follow_launcher()
         _environment()
         code = run(sys.argv[1:])
         signals.end()
-        if code == 0:
-            leave_job()
         if code and signals.caught is not None:  # a library made an expected failure out of the interrupt
             code = _interrupted(signals.caught)
     except BaseException:
@@ -228,6 +223,7 @@ def main() -> None:
         signals.ended = True
         code = _interrupted(signals.caught)
         signals.end()
+    leave_job(code)
     sys.exit(code)
 
 

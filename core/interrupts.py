@@ -11,9 +11,11 @@ thread, started by the first signal, watches the main thread:
 
 Ending at once is safe: outputs and checkpoints count only when complete, as after kill -9.
 
-Python handles a signal between two bytecodes, so one that comes just before a blocking call waits until the call
-returns. A second thread, which sleeps in a read of the wake-up pipe, sees the signal at once and sends POKE until the
-handler has run: any further signal ends the wait of the main thread.
+Python handles a signal between two bytecodes, so one that comes just before a blocking call, or within native code,
+waits until that returns. A second thread, which sleeps in a read of the wake-up pipe, sees the signal at once and sends
+POKE until the handler has run: any further signal ends the wait of most calls. Where it does not, as in a collective
+whose other processes are gone, this thread keeps the times above. A forked child would write into the same pipe; it
+gives the pipe up.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any
 
 from .ranks import is_launched
 
-__all__ = ["OF_RANKS", "POKE", "Interrupted", "Signals", "allow"]
+__all__ = ["POKE", "Interrupted", "Signals", "allow"]
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POKE = signal.SIGURG  # wakes the main thread; ignored by default, so that a late one harms nothing
@@ -38,8 +40,6 @@ TICK = 0.1  # seconds
 ECHO = 1.0  # seconds
 GRACE = 8.0  # seconds; `docker stop` sends SIGKILL after 10
 LAST = 2.0  # seconds
-OF_RANKS = GRACE + LAST + 8.0  # seconds, of a command that waits for processes that have those above
-POKES = 20  # for one signal: more than enough, and an end where the signal was that of a forked child
 
 
 class Interrupted(BaseException):
@@ -57,6 +57,7 @@ class Signals:
         self.caught: int | None = None
         self.ended = False  # nothing is raised any more
         self.released = False
+        self.said = False  # that a second signal ends it
         self.deadline = 0.0  # time.monotonic()
         self.main = 0
         self.previous: dict[int, Any] = {}
@@ -73,6 +74,7 @@ class Signals:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         self.wakeup = writer, signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._forget_pipe)
         with suppress(RuntimeError):  # no more threads for this user: a late signal is handled late
             _thread.start_new_thread(self._hear, (reader,))
 
@@ -128,15 +130,34 @@ class Signals:
         if not isinstance(unraisable.exc_value, Interrupted):
             self.unraisable(unraisable)
 
+    def _forget_pipe(self) -> None:
+        """In a forked child: its signals are none of ours."""
+        if self.wakeup is not None:
+            with suppress(ValueError):  # forked by another thread than the main one
+                signal.set_wakeup_fd(-1)
+
     def _hear(self, reader: int) -> None:
-        """Make the main thread handle a signal that came just before it began to wait."""
         while numbers := os.read(reader, 64):
-            for _ in range(POKES):
-                if self.caught is not None or self.ended or not set(numbers) & set(self.numbers):
-                    break
-                time.sleep(TICK)
-                signal.pthread_kill(self.main, POKE)
+            for number in set(numbers) & set(self.numbers):
+                self._wake(number)
         os.close(reader)
+
+    def _wake(self, number: int) -> None:
+        """Make the main thread handle a signal; end the process where it does not, as `_watch` would."""
+        begin, armed = time.monotonic(), False
+        # A library may have put its handler in the place of ours: then the signal is its.
+        while self.caught is None and not self.ended and signal.getsignal(number) == self._first:
+            time.sleep(TICK)
+            passed = time.monotonic() - begin
+            if passed >= max(GRACE, self.least) + LAST:
+                _say("the code that was interrupted does not come back and is cut short")
+                self._cut(number)
+            if not armed and passed >= ECHO:
+                armed = True
+                self._arm()
+                self._say_once()
+            if self.caught is None and not self.ended:
+                signal.pthread_kill(self.main, POKE)
 
     def _watch(self) -> None:
         begin = time.monotonic()
@@ -151,16 +172,24 @@ class Signals:
                 armed = True
                 self._arm()
                 if not self.ended:
-                    _say("interrupted; cleaning up (a second signal ends it at once)")
+                    self._say_once()
         if not self.ended:
             _say("cleaning up did not come to an end and is cut short")
-            time.sleep(TICK)
         if not self.released:
-            self._arm()
-            number = self.caught or signal.SIGTERM
-            os.kill(os.getpid(), number)
-            time.sleep(TICK)
-            os._exit(128 + number)  # the first process of a container: the kernel takes no default action there
+            self._cut(self.caught or signal.SIGTERM)
+
+    def _say_once(self) -> None:
+        if not self.said:
+            self.said = True
+            _say("interrupted; cleaning up (a second signal ends it at once)")
+
+    def _cut(self, number: int) -> None:
+        """End the process at once, by the signal."""
+        time.sleep(TICK)  # for what is being said
+        self._arm()
+        os.kill(os.getpid(), number)
+        time.sleep(TICK)
+        os._exit(128 + number)  # the first process of a container: the kernel takes no default action there
 
     def _arm(self) -> None:
         """Default actions, by the C library: Python's `signal` works in the main thread only, which may be stuck."""

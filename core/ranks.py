@@ -4,7 +4,8 @@
 
 A command that starts its own processes (posttrain/launch) gives them a folder, in which each leaves a word about how
 it ended, and says nothing; the command that started them reads these words, and says once for all what was wrong. The
-launcher ends all processes at the first failure: one that said its line itself could be ended just before.
+launcher ends all processes at the first failure: one that said its line itself could be ended just before. For the same
+reason rank 0 leaves its word before the others hear of an error, not after it has cleaned up.
 
 A single process does not import torch. Rank 0 alone opens outputs, logs, and makes the decisions that depend on the
 disk, and sends them to the others; if it fails, they end silently with the same exit code. If another rank fails,
@@ -22,15 +23,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from . import errors
 from .errors import Gemma2Error, SystemRefusal, UsageError, refusal
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "ALONE",
@@ -49,6 +53,7 @@ __all__ = [
     "last_words",
     "leave_job",
     "leave_word",
+    "make_room",
 ]
 
 S = TypeVar("S")
@@ -57,6 +62,8 @@ FOLDER = "GEMMA2_LAUNCH"  # variable with the folder of the words, in processes 
 LAUNCHER = "GEMMA2_LAUNCHER"  # variable with the number of the process that has started them
 PR_SET_PDEATHSIG = 1  # prctl(2)
 WAIT = timedelta(days=1)  # of ranks for rank 0, which may ask a server or write; a dead one is noticed at once
+ROOM = 1 << 16  # bytes of a word: a disk that is full by the time of an error takes what is there already
+TRACE = 20_000  # characters of a traceback that a word keeps, the last ones
 HEARD = "_every_rank_knows"  # attribute of an error that was exchanged
 
 
@@ -94,7 +101,17 @@ class ProcessBug(Exception):
 
 def is_launched() -> bool:
     """Whether a command of this package has started this process as one of several."""
-    return FOLDER in os.environ
+    return FOLDER in os.environ and os.environ.get(LAUNCHER) != str(os.getpid())  # which has them for its children
+
+
+def make_room(folder: Path, ranks: Iterable[int]) -> None:
+    """Prepare the words of these processes."""
+    for rank in ranks:
+        _aside(folder, str(rank)).write_text(" " * ROOM, encoding="utf-8")  # JSON may end with blanks
+
+
+def _aside(folder: Path, rank: str) -> Path:
+    return folder / f"end-{rank}.tmp"
 
 
 def leave_word(word: LastWord) -> bool:
@@ -104,32 +121,35 @@ def leave_word(word: LastWord) -> bool:
     """
     if not is_launched():
         return False
-    place = Path(os.environ[FOLDER], f"end-{os.environ.get('RANK', '0')}.json")
+    aside = _aside(Path(os.environ[FOLDER]), os.environ.get("RANK", "0"))
+    place = aside.with_suffix(".json")
     try:
         if not place.exists():
-            aside = place.with_suffix(".tmp")
-            aside.write_text(json.dumps(asdict(word)), encoding="utf-8")
+            text = json.dumps(asdict(replace(word, trace=word.trace[-TRACE:])), ensure_ascii=False)
+            with aside.open("r+b") as file:
+                file.write(text.encode(errors="backslashreplace"))
             aside.replace(place)
     except OSError:  # the command is gone, or its disk is full
         return False
     return True
 
 
-def leave_job() -> None:
-    """End this process, if it is one of several that have met, at the end of a command that succeeded.
+def leave_job(code: int = 0) -> None:
+    """End this process with this exit code, if it is one of several that have met; else return.
 
     What Python runs at its end is run. The interpreter is not taken down: a thread of gloo that notices meanwhile that
-    another process is gone may abort this one, whose work is done. NCCL warns of processes that do not part from it.
+    another process is gone may abort this one, whose work is done. NCCL warns of processes that do not part from it;
+    after a failure they must not try, since that waits for what the others have begun.
     """
     torch = sys.modules.get("torch")
     if announced() == 1 or torch is None or not torch.distributed.is_initialized():
         return
-    if torch.distributed.get_backend() == "nccl":
+    if code == 0 and torch.distributed.get_backend() == "nccl":
         torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def last_words(folder: Path) -> dict[int, LastWord]:
@@ -193,6 +213,10 @@ class Failure:
         setattr(made, HEARD, True)
         return made
 
+    def word(self) -> LastWord:
+        """The word about it."""
+        return LastWord("error", self.code, self.kind, self.what, self.hint, self.where)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -245,6 +269,8 @@ class Ranks:
         """Send an error in place of the next value. A rank but 0 ends here."""
         failure = None if getattr(error, HEARD, False) else Failure.of(error)
         if failure is not None:
+            if self.is_main:
+                leave_word(failure.word())
             with suppress(Gemma2Error):  # rank 0's own, which it is about to raise
                 self._exchange(failure)
             setattr(error, HEARD, True)
@@ -256,6 +282,7 @@ class Ranks:
         if failure is None:
             return values
         if self.is_main:
+            leave_word(failure.word())
             raise failure.error()
         raise RankEnd(failure.code)
 
@@ -264,7 +291,7 @@ class Ranks:
         import torch
 
         values: list[object] = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value, group=Patient.group)
         return values
 
     def share(self, count: int) -> slice:
@@ -286,10 +313,20 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join(command: str, wait: timedelta | None = None) -> Ranks:
+class Patient:
+    """The group in which ranks exchange values: it waits for WAIT, tensors for as long as torch's default.
+
+    Rank 0 alone reads the digests of a checkpoint, writes a result, asks a server; that may take longer than the ten
+    minutes after which NCCL ends a job.
+    """
+
+    group: torch.distributed.ProcessGroup | None = None
+    world: object = None  # the group of all processes in which it was made
+
+
+def join(command: str) -> Ranks:
     """Connect to the other processes of this job, if there are any.
 
-    wait: how long a process waits for the others' values, by the first call; None: as long as torch's default.
     Raises UsageError if the launcher announced several processes and they did not connect: some launchers announce
     several and start one.
     """
@@ -299,10 +336,13 @@ def join(command: str, wait: timedelta | None = None) -> Ranks:
     import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=not (torch.cuda.is_available() or torch.xpu.is_available()), timeout=wait)
+    state = PartialState(cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
     if state.num_processes != expected:
         raise UsageError(
             f"{command}: WORLD_SIZE is {expected}, but {state.num_processes} process(es) have connected",
             "start it with torchrun --nproc-per-node N -m gemma2.cli.main",
         )
+    if Patient.world is not torch.distributed.group.WORLD:
+        Patient.world = torch.distributed.group.WORLD
+        Patient.group = torch.distributed.new_group(timeout=WAIT)  # a collective, in which all are by now
     return Ranks(state.process_index, state.num_processes)

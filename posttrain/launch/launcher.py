@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from gemma2.core import errors
 from gemma2.core.errors import Gemma2Error, InputError, UsageError
-from gemma2.core.interrupts import OF_RANKS, Signals
-from gemma2.core.ranks import FOLDER, LAUNCHER, LastWord, ProcessBug, last_words
+from gemma2.core.interrupts import Signals
+from gemma2.core.ranks import FOLDER, LAUNCHER, LastWord, ProcessBug, last_words, make_room
 from gemma2.posttrain.runs.machine import CHOICE
 
 from .nodes import Meeting
@@ -35,10 +35,12 @@ __all__ = ["Processes", "check_torch", "run_processes"]
 
 WORKER = ("-m", "gemma2.cli.main")
 WAIT = 900  # seconds in which the machines of a job have to meet
-END = 30  # seconds that the launcher gives to the other processes when one has ended
+END = 30  # seconds that the launcher gives to the other processes when one has ended, or to all at a signal
+MORE = 10  # seconds after these in which this process ends by itself
 THREADS = "OMP_NUM_THREADS"
 GO_ON = "start it again; a run that has a checkpoint goes on with --resume"
-# Signals with which a system, or a fault, ends a process; the launcher itself ends the others with SIGTERM.
+# Signals with which a system, or a fault, ends a process; the launcher itself ends the others with SIGTERM, and after
+# END seconds with SIGKILL.
 KILLED = frozenset({signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE})
 
 
@@ -112,7 +114,8 @@ def run_processes(processes: Processes) -> int:
         os.environ[CHOICE] = ",".join(processes.keys)
         os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // len(processes.keys))))
         logging.disable(logging.CRITICAL)  # of the launcher; the processes are others
-        Signals.least = OF_RANKS
+        Signals.least = END + MORE
+        make_room(folder, range(processes.first, processes.first + len(processes.keys)))
         try:
             elastic_launch(_settings(processes, folder), sys.executable)(*WORKER, *processes.words)
             return 0
@@ -121,7 +124,7 @@ def run_processes(processes: Processes) -> int:
                 rank: Ended(rank, failure.pid, failure.exitcode, _stderr(folder, failure.local_rank))
                 for rank, failure in error.failures.items()
             }
-            raise cause(found, last_words(folder)) from None
+            raise cause(found, last_words(folder), alone=processes.meeting.nodes == 1) from None
         except (RuntimeError, OSError) as error:
             raise _no_meeting(processes.meeting, error) from error
         finally:
@@ -153,21 +156,26 @@ def _settings(processes: Processes, folder: Path) -> LaunchConfig:
     )
 
 
-def cause(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> Exception:
+def cause(ended: Mapping[int, Ended], words: Mapping[int, LastWord], alone: bool = True) -> Exception:
     """Return the error of a command whose processes have failed.
 
     ended  those that failed on this machine, by rank, those that the launcher then ended included
     words  what the processes have left about their ends
+    alone  whether this machine has all processes
+
+    What was said comes before what was seen: a process that waits for one that is gone may be in native code, where
+    the launcher ends it with SIGKILL.
     """
-    if 0 in words and words[0].kind != "lost":
-        return _again(0, words[0])
-    for one in ended.values():
-        if -one.code in KILLED and one.rank not in words:  # with a word it was on its way out
-            return _killed(one)
-    for rank, word in sorted(words.items(), key=lambda item: (item[1].kind == "lost", item[0])):
+    for rank, word in sorted(words.items()):
+        if word.kind in ("error", "bug"):
+            return _again(rank, word)
+    killed = [one for one in ended.values() if -one.code in KILLED and one.rank not in words]  # else on its way out
+    if killed:
+        return _killed(killed)
+    for rank, word in sorted(words.items(), key=lambda item: item[1].kind != "followed"):
         if word.kind == "followed":
-            what = f"rank 0, on another machine, has ended the job with exit code {word.code}"
-            return ProcessEnd(what, "it says why where it runs", word.code)
+            where, why = (", on another machine,", "it says why where it runs") if not alone else ("", GO_ON)
+            return ProcessEnd(f"rank 0{where} has ended the job with exit code {word.code}", why, word.code)
         return _again(rank, word)
     one = min(ended.values(), key=lambda one: one.code < 0)
     return ProcessEnd(
@@ -177,11 +185,14 @@ def cause(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> Exceptio
     )
 
 
-def _killed(one: Ended) -> ProcessEnd:
-    name = signal.Signals(-one.code).name
-    why = ", which a system without free memory sends" if name == "SIGKILL" else ""
-    said = _wrote(one) if name != "SIGKILL" else ""
-    return ProcessEnd(f"rank {one.rank} (process {one.pid}) was ended by {name}{why}{said}", GO_ON, 128 - one.code)
+def _killed(ended: Sequence[Ended]) -> ProcessEnd:
+    """The line for processes that were ended by a signal; with SIGKILL the launcher has ended all of them but one."""
+    faults = [one for one in ended if one.code != -signal.SIGKILL] or ended
+    who = " or ".join(f"rank {one.rank} (process {one.pid})" for one in sorted(faults, key=lambda one: one.rank))
+    first = faults[0]
+    name = signal.Signals(-first.code).name
+    why = ", which a system without free memory sends" if name == "SIGKILL" else _wrote(first)
+    return ProcessEnd(f"{who} was ended by {name}{why}", GO_ON, 128 - first.code)
 
 
 def _wrote(one: Ended) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from gemma2.core.errors import UsageError
-from gemma2.core.ranks import ALONE, WAIT, RankEnd, Ranks, announced, is_main, join
+from gemma2.core.ranks import ALONE, RankEnd, Ranks, announced, is_launched, is_main, join
 from gemma2.posttrain.schemas import EvalConfig, GenerateConfig, ParetoConfig, RewardEvalConfig, RewardScoreConfig
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
@@ -61,12 +61,12 @@ def together(config: Config) -> Iterator[Ranks]:
     command, own = SHARED[type(config)], OWN_ENGINE.get(type(config))
     engine = getattr(config, "engine", own)
     if engine != own:
-        if not is_main():
+        if not is_main() and not is_launched():  # the command that has started them says it once
             raise RankEnd(UsageError.exit_code)
         raise UsageError(
             f"{command} --engine {engine} was started with {announced()} processes",
             f"start it with one: {engine} runs requests side by side itself; --engine {own} takes several",
         )
-    ranks = join(command, WAIT)
+    ranks = join(command)
     with ranks.agreed():
         yield ranks

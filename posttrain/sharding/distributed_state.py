@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from gemma2.core.errors import InputError
+from gemma2.core.errors import InputError, OutputError, refusal
 
 __all__ = ["STATE_FOLDER", "load_state", "own_files", "save_state"]
 
@@ -37,13 +37,21 @@ def save_state(
     """Write trained weights, optimizer state and further tensors by name. A collective.
 
     model: the sharded one, outside peft's wrapper. further: groups of tensors, divided or the same on every process.
+    Raises OutputError on every process where the system refuses a write of any.
     """
     state: dict[str, object] = {
         "model": get_model_state_dict(model, options=TRAINED),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=TRAINED),
         **{name: dict(tensors) for name, tensors in (further or {}).items()},
     }
-    dcp.save(state, checkpoint_id=checkpoint / STATE_FOLDER)  # type: ignore[attr-defined]  # not in its __all__
+    try:
+        dcp.save(state, checkpoint_id=checkpoint / STATE_FOLDER)  # type: ignore[attr-defined]  # not in its __all__
+    except dcp.api.CheckpointException as error:  # no Exception; it has the errors of all processes
+        line = next(filter(None, (refusal(one) for one, _ in error.failures.values())), None)
+        if line is None:
+            raise RuntimeError(f"torch could not write the state of {checkpoint}") from error
+        what, _, hint = line.partition("; ")
+        raise OutputError(f"{what} (the state of {checkpoint})", hint) from error
 
 
 def load_state(

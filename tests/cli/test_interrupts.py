@@ -244,6 +244,67 @@ def test_a_signal_just_before_a_blocking_call_ends_the_call():
     assert finish(command(body)) == (143, "ready\n", "\ninterrupted\n")
 
 
+STRUCK_INSIDE = """
+    import threading
+    print("ready", flush=True)
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    block()
+"""
+
+
+def test_a_signal_within_native_code_that_does_not_come_back_ends_the_process():
+    code, _, err = finish(command(STRUCK_INSIDE, "interrupts.GRACE = interrupts.LAST = 1"))
+    assert code == -signal.SIGTERM
+    assert "a second signal ends it at once" in err
+    assert "cut short" in err
+
+
+def test_a_second_signal_ends_native_code_that_the_first_one_found_at_work():
+    process = command(STRUCK_INSIDE, "interrupts.GRACE = 600")
+    while "a second signal ends it at once" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == -signal.SIGINT
+
+
+def test_native_code_that_comes_back_in_time_is_cleaned_up_after():
+    body = """
+    import threading
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    try:
+        ctypes.CDLL(None).usleep(900_000)  # that a signal cuts short
+        ctypes.CDLL(None).usleep(900_000)
+        work()
+    finally:
+        print("finally", flush=True)
+    """
+    assert finish(command(body, "interrupts.GRACE = 600")) == (143, "finally\n", "\ninterrupted\n")
+
+
+FORKED = """
+    reader, writer = os.pipe()
+    if child := os.fork():
+        os.read(reader, 1)
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+    else:
+        with contextlib.suppress(BaseException):
+            os.write(writer, b".")
+            work()
+        os._exit(0)
+"""
+REPLACED = """
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    strike()
+"""
+
+
+@pytest.mark.parametrize("body", [FORKED, REPLACED], ids=["of a forked child", "with the handler of a library"])
+def test_a_signal_that_is_for_others_ends_nothing(body):
+    times = "interrupts.GRACE = interrupts.LAST = interrupts.ECHO = 0.2"
+    assert finish(command(f"{body}\n    time.sleep(1)\n    print('done')", times)) == (0, "done\n", "")
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="Linux")
 def test_before_the_first_signal_there_is_one_thread_that_sleeps_and_no_timer():
     body = """

@@ -14,7 +14,7 @@ from waiting import PATIENCE
 
 from gemma2.cli import app, main
 from gemma2.core.errors import GuardStop, InputError, OutputError, UsageError
-from gemma2.core.ranks import FOLDER, ProcessBug, last_words
+from gemma2.core.ranks import FOLDER, ProcessBug, last_words, make_room
 
 
 @pytest.fixture
@@ -153,6 +153,7 @@ def test_a_bug_of_a_process_that_the_command_has_started_is_that_of_the_command(
 def test_a_process_that_a_command_has_started_leaves_its_word_and_says_nothing(monkeypatch, capsys, tmp_path, error):
     monkeypatch.setattr(app, "invoke", lambda arguments: _raise(error))
     monkeypatch.setenv(FOLDER, str(tmp_path))
+    make_room(tmp_path, [0])
     assert main.run(["sft", "--json"]) == getattr(error, "exit_code", 1)
     assert capsys.readouterr() == ("", "")
     assert last_words(tmp_path)[0].what

@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import gc
 import os
+import re
 import signal
 import socket
 import sys
@@ -13,17 +14,23 @@ from types import SimpleNamespace
 import pytest
 
 from gemma2.core import ranks
-from gemma2.core.errors import GuardStop, InputError, PeerLost, SystemRefusal, UsageError
-from gemma2.core.ranks import FOLDER, ProcessBug
+from gemma2.core.errors import GuardStop, InputError, OutOfMemory, PeerLost, SystemRefusal, UsageError
+from gemma2.core.ranks import FOLDER, LastWord, ProcessBug, make_room
 from gemma2.posttrain.launch import launcher
 from gemma2.posttrain.launch.launcher import ProcessEnd, Processes, run_processes
 from gemma2.posttrain.launch.nodes import Meeting
 
 # A process of a command whose work is a word for each rank; the entry point around it is the real one.
 WORKER = """
-import errno, os, signal, sys, time
-from gemma2.core.errors import GuardStop, InputError, UsageError
+import ctypes, errno, os, signal, sys, time
+from gemma2.core import interrupts, ranks
+from gemma2.core.errors import GuardStop, InputError, OutOfMemory, UsageError
 from gemma2.cli import app, main
+
+interrupts.GRACE = interrupts.LAST = 1.0
+
+def _raise(error):
+    raise error
 
 def invoke(words):
     work = words[int(os.environ["RANK"])]
@@ -41,6 +48,22 @@ def invoke(words):
         said = main.leave_word
         main.leave_word = lambda word: (said(word), os.kill(os.getpid(), signal.SIGTERM), time.sleep(600))
         raise InputError("d is no file", "give one", "d:1")
+    if work == "met":  # an error of rank 0 that the others hear of before it has cleaned up
+        try:
+            ranks.join("sft").on_main(lambda: _raise(InputError("d is no file", "give one", "d:1")))
+        finally:
+            time.sleep(2 if os.environ["RANK"] == "0" else 0)
+    if work == "apart":  # rank 0 waits, in native code, for one that fails
+        met = ranks.join("sft")
+        met.barrier()
+        if not met.is_main:
+            raise OutOfMemory("step 2: memory is exhausted", "give --micro-batch-size 1")
+        libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)
+    if work == "no exception":
+        from torch.distributed.checkpoint.api import CheckpointException
+        raise CheckpointException("write", {})
     if work == "bug":
         raise KeyError("forgotten")
     if work == "lost":
@@ -116,6 +139,60 @@ def test_what_the_system_has_refused_to_a_process_stays_a_refusal(run):
     with pytest.raises(SystemRefusal, match=r"^No space left on device: out; free some space") as caught:
         run("full", "sleep")
     assert caught.value.where == "out"
+
+
+def test_an_error_of_all_is_that_of_rank_0_also_where_it_cleans_up_for_long(run, capfd):
+    with pytest.raises(InputError, match=r"^d is no file; give one$") as caught:
+        run("met", "met")
+    assert caught.value.where == "d:1"
+    assert capfd.readouterr().err == ""
+
+
+def test_a_process_that_hangs_in_native_code_does_not_hide_why_another_one_failed(run, capfd):
+    with pytest.raises(OutOfMemory, match=r"^rank 1: step 2: memory is exhausted; give --micro-batch-size 1$"):
+        run("apart", "apart")
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_that_is_no_exception_is_a_bug_with_its_traceback(run):
+    with pytest.raises(ProcessBug, match="CheckpointException"):
+        run("no exception", "sleep")
+
+
+KILL, TERM, SEGV = -signal.SIGKILL, -signal.SIGTERM, -signal.SIGSEGV
+OF_1 = {1: LastWord("error", 1, "InputError", "a row", "fix it")}
+
+
+@pytest.mark.parametrize(
+    ("codes", "words", "said"),
+    [
+        # The launcher ends with SIGKILL what did not end by SIGTERM.
+        ((KILL, 1, KILL), OF_1, "rank 1: a row; fix it"),
+        ((KILL, TERM, TERM), {}, r"rank 0 \(process 10\) was ended by SIGKILL, which a system without free memory"),
+        ((KILL, TERM, KILL), {}, r"rank 0 \(process 10\) or rank 2 \(process 12\) was ended by SIGKILL, which"),
+        ((KILL, SEGV, KILL), {}, r"rank 1 \(process 11\) was ended by SIGSEGV; it wrote: words"),
+        (
+            (1, KILL, 1),
+            {0: LastWord("lost", 1, "PeerLost", "gone"), 2: LastWord("lost", 1, "PeerLost", "gone")},
+            "rank 1",
+        ),
+        ((TERM, 3), {1: LastWord("followed", 3)}, "^rank 0 has ended the job with exit code 3"),
+    ],
+)
+def test_what_was_said_comes_before_what_was_seen(codes, words, said):
+    ended = {rank: launcher.Ended(rank, 10 + rank, code, "words") for rank, code in enumerate(codes)}
+    assert re.search(said, str(launcher.cause(ended, words)))
+
+
+def test_a_word_needs_no_room_on_a_disk_that_has_filled_up(tmp_path, monkeypatch):
+    make_room(tmp_path, [3])
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    held = (tmp_path / "end-3.tmp").stat()
+    assert ranks.leave_word(LastWord("bug", 1, "KeyError", "naïve", trace="x" * 10**6 + "the end"))
+    left = tmp_path / "end-3.json"
+    assert (left.stat().st_size, left.stat().st_ino) == (held.st_size, held.st_ino)
+    assert ranks.last_words(tmp_path)[3].trace.endswith("the end")
 
 
 def test_a_process_that_is_ended_before_it_could_say_its_line_has_its_line_said(run, capfd):
