@@ -131,7 +131,7 @@ class Signals:
             self.unraisable(unraisable)
 
     def _forget_pipe(self) -> None:
-        """In a forked child: its signals are none of ours."""
+        """In a forked child, whose signals are not for this process."""
         if self.wakeup is not None:
             with suppress(ValueError):  # forked by another thread than the main one
                 signal.set_wakeup_fd(-1)
