@@ -22,7 +22,7 @@ SCRIPT = """
 import json, os, sys
 from pathlib import Path
 from gemma2.cli import main as command
-command.leave_job = lambda: None  # the next run needs the group of processes
+command.leave_job = lambda code: None  # the next run needs the group of processes
 main = command.main
 if __name__ == "__main__":
     file, codes = Path(sys.argv[1]), []
