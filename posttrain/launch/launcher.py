@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2.core import errors
-from gemma2.core.errors import Gemma2Error, InputError, UsageError
+from gemma2.core.errors import EndedElsewhere, Gemma2Error, InputError, UsageError
 from gemma2.core.interrupts import OF_RANKS, Signals
 from gemma2.core.ranks import FOLDER, LAUNCHER, LastWord, ProcessBug, last_words
 from gemma2.posttrain.runs.machine import CHOICE
@@ -167,7 +167,9 @@ def cause(ended: Mapping[int, Ended], words: Mapping[int, LastWord]) -> Exceptio
     for rank, word in sorted(words.items(), key=lambda item: (item[1].kind == "lost", item[0])):
         if word.kind == "followed":
             what = f"rank 0, on another machine, has ended the job with exit code {word.code}"
-            return ProcessEnd(what, "it says why where it runs", word.code)
+            followed = EndedElsewhere(what, "it says why where it runs")
+            followed.exit_code = word.code
+            return followed
         return _again(rank, word)
     one = min(ended.values(), key=lambda one: one.code < 0)
     return ProcessEnd(
