@@ -27,6 +27,7 @@ __all__ = ["main"]
 KINDS = {
     "UsageError": "usage",
     "PeerLost": "lost",
+    "EndedElsewhere": "followed",
     "InputError": "input",
     "OutputError": "output",
     "OutOfMemory": "system",

@@ -4,6 +4,7 @@ Gemma2Error            exit code 1   a clear error
 ├── UsageError         exit code 2   wrong option, key or configuration
 ├── InputError         exit code 1   a file, model or data set that cannot be used
 │   └── PeerLost       exit code 1   another process of the job, on another machine, is gone
+├── EndedElsewhere     as rank 0's   rank 0, on another machine, has ended the job
 ├── OutputError        exit code 1   the output exists, is locked or does not fit
 ├── OutOfMemory        exit code 1   memory is exhausted, of the machine or of an accelerator
 ├── SystemRefusal      exit code 1   the operating system refused a read or a write, in another process
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 
 __all__ = [
     "AlertStop",
+    "EndedElsewhere",
     "Gemma2Error",
     "GuardStop",
     "InputError",
@@ -86,6 +88,10 @@ class InputError(Gemma2Error, ValueError):
 
 class PeerLost(InputError):
     """Another process of the job is gone, and nothing on this machine says why; a pipeline may try the stage again."""
+
+
+class EndedElsewhere(Gemma2Error):
+    """Rank 0, on another machine, has ended the job, and says why there; `exit_code` of one is that of rank 0."""
 
 
 class OutputError(Gemma2Error, OSError):

@@ -80,6 +80,7 @@ An error is one line on stderr: what is wrong, where (the flag, the `--set`, or 
 | `usage` | 2 | a flag, key or value that the command does not accept |
 | `input` | 1 | a file, model or data set that cannot be used |
 | `lost` | 1 | another process of the job, on another machine, is gone |
+| `followed` | that of rank 0 | rank 0, on another machine, has ended the job and says why there |
 | `output` | 1 | an output that exists, is locked or does not fit |
 | `system` | 1 | the operating system refused: a full disk, missing permission |
 | `guard` | 3 | a guard stopped the run: KL limit, NaN, no signal |

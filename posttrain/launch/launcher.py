@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma2.core import errors
-from gemma2.core.errors import Gemma2Error, InputError, UsageError
+from gemma2.core.errors import EndedElsewhere, Gemma2Error, InputError, UsageError
 from gemma2.core.interrupts import Signals
 from gemma2.core.ranks import FOLDER, LAUNCHER, LastWord, ProcessBug, last_words, make_room
 from gemma2.posttrain.runs.machine import CHOICE
@@ -174,8 +174,10 @@ def cause(ended: Mapping[int, Ended], words: Mapping[int, LastWord], alone: bool
         return _killed(killed)
     for rank, word in sorted(words.items(), key=lambda item: item[1].kind != "followed"):
         if word.kind == "followed":
-            where, why = (", on another machine,", "it says why where it runs") if not alone else ("", GO_ON)
-            return ProcessEnd(f"rank 0{where} has ended the job with exit code {word.code}", why, word.code)
+            where, why = ("", GO_ON) if alone else (", on another machine,", "it says why where it runs")
+            followed = EndedElsewhere(f"rank 0{where} has ended the job with exit code {word.code}", why)
+            followed.exit_code = word.code
+            return followed
         return _again(rank, word)
     one = min(ended.values(), key=lambda one: one.code < 0)
     return ProcessEnd(

@@ -13,7 +13,7 @@ from processes import MAIN, finish, gemma2, start
 from waiting import PATIENCE
 
 from gemma2.cli import app, main
-from gemma2.core.errors import GuardStop, InputError, OutputError, UsageError
+from gemma2.core.errors import EndedElsewhere, GuardStop, InputError, OutputError, PeerLost, UsageError
 from gemma2.core.ranks import FOLDER, ProcessBug, last_words, make_room
 
 
@@ -115,6 +115,8 @@ def error_object(out):
         (OutputError("out exists", "give one"), "output"),
         (UsageError("unknown key 'a' in r.yaml:3:1", "give one", "r.yaml:3:1"), "usage"),
         (GuardStop("the KL is 201", "give one"), "guard"),
+        (PeerLost("another process of the job is gone", "see why"), "lost"),
+        (EndedElsewhere("rank 0, on another machine, has ended the job", "see why"), "followed"),
         (OSError(errno.ENOSPC, "No space left on device", "/some/file"), "system"),
     ],
 )

@@ -144,7 +144,9 @@ def _outcome(job: Job, code: int, printed: str, said: str) -> Outcome:
         return Outcome(1, traceback=said[said.rfind("Traceback (most recent call last)") :] or what)
     line = f"{what}; {fix}" if what and fix else what
     if error.get("kind") == "lost":  # as a process that was killed: the pipeline may try again
-        return Outcome(-1, error=line)
+        return Outcome(-1, error=line, kind="lost")
+    if error.get("kind") == "followed":
+        return Outcome(code, error=line, kind="followed")
     if code < 0 or code > SIGNALLED:
         number = -code if code < 0 else code - SIGNALLED
         return Outcome(-number, error=line or f"its command was ended by {signal.Signals(number).name}")

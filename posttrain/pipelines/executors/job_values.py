@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gemma2.core.json_files import JsonMapping
 
-__all__ = ["STOPPED", "Event", "Job", "Outcome", "on_node"]
+__all__ = ["CAUSE", "STOPPED", "Event", "Job", "Outcome", "chosen", "of_node", "on_node"]
+
+# Seconds for the other machines of a stage to say why it failed, after one has said only that another is gone. The
+# launcher of a machine needs a second or two where its processes end at SIGTERM, and half a minute where they hang.
+CAUSE = 15.0
+# Of outcomes that are kept, which says most about a failure; see Outcome.
+KINDS = ("", "followed", "lost", "stopped")
 
 Event = tuple[
     Any, ...
@@ -50,18 +56,39 @@ class Outcome:
     code       0 done, 1 - 3 as for every command, 143 stopped, -N ended by signal N or lost
     error      the one line of an expected failure
     traceback  of a bug
+    kind       of a failure whose cause is elsewhere. followed: rank 0, on another machine, has ended the job with this
+               code; lost: a process on another machine was gone; stopped: by a signal. "" for every other end
     """
 
     code: int
     summary: JsonMapping | None = None
     error: str = ""
     traceback: str = ""
+    kind: Literal["", "followed", "lost", "stopped"] = ""
+
+    @property
+    def is_cause(self) -> bool:
+        """Whether it says why a stage failed, and not only that it did."""
+        return self.code != 0 and not self.kind
 
 
-STOPPED = Outcome(143, error="stopped")
+STOPPED = Outcome(143, error="stopped", kind="stopped")
 
 
 def on_node(job: Job, node: int, head: str = "") -> Job:
     """The part of a job that machine number `node` does; it has a separate log."""
     log = str(Path(job.log).with_suffix(f".node-{node}.log")) if node else job.log
     return replace(job, node=node, head=head, log=log)
+
+
+def of_node(node: int, outcome: Outcome) -> Outcome:
+    """The outcome of machine number `node`, whose error names it where others may not have had the same."""
+    return replace(outcome, error=f"node {node}: {outcome.error}") if node and outcome.error else outcome
+
+
+def chosen(failures: Iterable[Outcome]) -> Outcome:
+    """Return the outcome of a stage of several machines, of which these have failed in this order.
+
+    That is the cause where one has said it; the first of several that say as much.
+    """
+    return min(failures, key=lambda one: KINDS.index(one.kind))

@@ -133,14 +133,15 @@ def _settle(job: Job) -> None:
     sys.path[:] = [*job.modules, *(path for path in sys.path if path not in job.modules)]
     if job.gpus is not None:  # before the first call of CUDA, which reads it once
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
+    threads = max(1, job.cpus // job.processes)  # the processes of a gang share the stage's CPUs, as those by hand do
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(job.cpus)
+        os.environ[name] = str(threads)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # the libraries' deprecations are not the user's business
     if COMMANDS[job.command].accelerated:
         import torch
 
-        torch.set_num_threads(job.cpus)
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -4,8 +4,9 @@
     head             address of bundle 0's node, and a port that is free there
     task i           runs the stage's command with `--nodes`, as number i; posttrain/launch joins them at the head
 
-The first task that fails ends the others, and its outcome is that of the stage: what the others say then is only that
-one is gone. When all succeed, the outcome is that of number 0, which writes the output.
+A task that fails and says why ends the others, and its outcome is that of the stage. One that only says that another is
+gone, or that rank 0 has ended the job elsewhere, may come first: the others then get CAUSE seconds to say why, and what
+says most counts (job_values.chosen). When all succeed, the outcome is that of number 0, which writes the output.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol
 
-from .job_values import Event, Job, Outcome, on_node
+from .job_values import CAUSE, Event, Job, Outcome, chosen, of_node, on_node
 
 __all__ = ["RayGang", "meeting_place"]
 
@@ -56,7 +57,10 @@ class RayGang:
     commands: Sequence[str]
     generators: list[Iterable[object]] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
-    first: tuple[int, Outcome | str] | None = None  # the node that failed first, and how
+    failed: dict[int, Outcome] = field(default_factory=dict)  # how nodes have failed, in the order of their ends
+    ended: set[int] = field(default_factory=set)  # nodes
+    ending: threading.Event = field(default_factory=threading.Event)  # the tasks were cancelled
+    timer: threading.Timer | None = None  # since the first failure, if that was no cause
     outcome: Outcome | None = None  # of number 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -86,6 +90,8 @@ class RayGang:
             for thread in threads:
                 thread.join()
         finally:
+            if self.timer is not None:
+                self.timer.cancel()
             with suppress(Exception):  # of a cluster that is gone
                 remove_placement_group(group)
         return None if self.stopped.is_set() else self._result()
@@ -129,28 +135,42 @@ class RayGang:
             if not isinstance(found, Outcome):
                 found = type(error).__name__
         with self.lock:
-            if node == 0 and isinstance(found, Outcome):
-                self.outcome = found
-            failed = not isinstance(found, Outcome) or found.code != 0
-            if failed and self.first is None:
-                self.first = (node, found)
-                self._cancel(node)
+            self._end(node, found)
 
-    def _cancel(self, without: int | None = None, force: bool = False) -> None:
+    def _end(self, node: int, found: Outcome | str) -> None:
+        """Note how the task of a node has ended: its outcome, or how Ray has lost it."""
+        self.ended.add(node)
+        if isinstance(found, str):
+            if self.ending.is_set():  # we cancelled it
+                return
+            self.failed[node] = Outcome(-1, error=f"the worker on node {node} was lost ({found})")
+        elif found.code:
+            self.failed[node] = of_node(node, found)
+        elif node == 0:
+            self.outcome = found
+        if self.ending.is_set() or not self.failed:
+            return
+        if any(one.is_cause for one in self.failed.values()):
+            self._cancel()
+        elif self.timer is None:
+            self.timer = threading.Timer(CAUSE, self._cancel)
+            self.timer.daemon = True
+            self.timer.start()
+
+    def _cancel(self, force: bool = False) -> None:
+        """End the tasks that have not ended."""
+        self.ending.set()
         for node, generator in enumerate(self.generators):
-            if node != without:
+            if node not in self.ended:
                 with suppress(Exception):  # of a cluster that is gone
                     self.ray.cancel(generator, force=force)
 
     def stop(self, force: bool = False) -> None:
         """End the tasks: as Ctrl-C does, or with their workers. `run` returns when they have ended."""
         self.stopped.set()
-        self._cancel(force=force)
+        self._cancel(force)
 
     def _result(self) -> Outcome:
-        if self.first is None:
-            return self.outcome or Outcome(-1, error="its worker was lost")
-        node, found = self.first
-        if isinstance(found, str):
-            return Outcome(-1, error=f"the worker on node {node} was lost ({found})")
-        return replace(found, error=f"node {node}: {found.error}") if node and found.error else found
+        if self.failed:
+            return chosen(self.failed.values())
+        return self.outcome or Outcome(-1, error="its worker was lost")

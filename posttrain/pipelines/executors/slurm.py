@@ -1,6 +1,6 @@
 """Stages as jobs of a SLURM cluster (`--executor slurm`), on a disk that all its machines share.
 
-    OUT/logs/STAGE.slurm/    job.sh: the batch script; job.json, events.jsonl, outcome.json (job_process.py)
+    OUT/logs/STAGE.slurm/    job.sh: the batch script; job.json, events.jsonl, outcome*.json (job_process.py)
                              submitted.json: {"name", "job", "asked"}, until the outcome was read
 
 A pipeline that is killed leaves its jobs at work. Started again, it finds those that do what it would start, and goes
@@ -114,7 +114,7 @@ class SlurmExecutor:
         """Submit a job, or go on with the one that an earlier pipeline has submitted for the same."""
         if self.gpus is None:
             self.prepare([job.command])
-        box = Mailbox(Path(job.folder, _mailbox_of(job)))
+        box = Mailbox(Path(job.folder, _mailbox_of(job)), job.nodes)
         log = Path(job.folder, job.log)
         number = self._left_at_work(box, job, wanted)
         if number is None:
@@ -132,19 +132,22 @@ class SlurmExecutor:
         self.submitting = None
 
     def _left_at_work(self, box: Mailbox, job: Job, wanted: Resources) -> str | None:
-        """The number of an earlier job that does the same, and runs or is just done; another one is ended."""
+        """The number of an earlier job that does the same, and runs or is just done; any other one is ended."""
         before, number = _record(box), _number_of(box)
         if number is None:
             return None
-        done = box.outcome()
+        done = box.outcome(over=True)
         same = before.get("asked") == _asked(job, wanted)
         if done is not None:
             whole = done.code == 0 and not job.force and not fault_of(Path(job.folder, job.out))
-            return number if same and whole else None
+            if same and whole:
+                return number
+            if box.outcome() is not None:  # of every machine
+                return None
         state = (states_of([number]) or {}).get(number, "RUNNING")
         if state not in LIVE:
             return None
-        if same:
+        if same and done is None:
             return number
         cancel([number])
         self._wait_for_end({number: box})
@@ -214,8 +217,13 @@ class SlurmExecutor:
                     events.append((stage, ("note", f"job {one.number} waits in SLURM's queue")))
                 continue
             one.ended = one.ended or self.asked
-            if self.asked - one.ended >= self.late:
-                ended[stage] = _lost(one, state)
+            if one.box.outcome() is not None:  # written since the last look: the next one takes it
+                continue
+            said = one.box.outcome(over=True)
+            if said is not None and said.is_cause:
+                ended[stage] = said
+            elif self.asked - one.ended >= self.late:
+                ended[stage] = _lost(one, state, said)
 
     def stop(self) -> None:
         """Cancel every job and wait for its end: it keeps its last checkpoint, and cleans up."""
@@ -283,8 +291,8 @@ def _forget(box: Mailbox) -> None:
     (box.folder / SUBMITTED).unlink(missing_ok=True)
 
 
-def _lost(one: _Submitted, state: str) -> Outcome:
-    """The outcome of a job that left none."""
+def _lost(one: _Submitted, state: str, left: Outcome | None = None) -> Outcome:
+    """The outcome of a job that left none, or none of every machine: `left`, of the others, says no cause."""
     said = f"job {one.number} of SLURM ended"
     last = _last_lines(one.log)
     if state in LOST:
@@ -292,6 +300,8 @@ def _lost(one: _Submitted, state: str) -> Outcome:
         return Outcome(-1, error=f"{said} ({state}): {why}{last}" + (f"; {hint}" if hint else ""))
     if state == "CANCELLED":
         return Outcome(1, error=f"{said}: somebody cancelled it{last}; the same command submits it again")
+    if left is not None and left.kind != "stopped":
+        return left
     how = "is not known any more" if state == GONE else f"has the state {state}"
     return Outcome(-1, error=f"job {one.number} of SLURM {how}, and left no outcome{last}")
 

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from gemma2.core import ranks
-from gemma2.core.errors import GuardStop, InputError, OutOfMemory, PeerLost, SystemRefusal, UsageError
+from gemma2.core.errors import EndedElsewhere, GuardStop, InputError, OutOfMemory, PeerLost, SystemRefusal, UsageError
 from gemma2.core.ranks import FOLDER, LastWord, ProcessBug, make_room
 from gemma2.posttrain.launch import launcher
-from gemma2.posttrain.launch.launcher import ProcessEnd, Processes, run_processes
+from gemma2.posttrain.launch.launcher import Ended, ProcessEnd, Processes, cause, run_processes
 from gemma2.posttrain.launch.nodes import Meeting
 
 # A process of a command whose work is a word for each rank; the entry point around it is the real one.
@@ -230,6 +230,18 @@ def test_a_connection_that_is_lost_for_no_reason_on_this_machine_is_one_line(run
     with pytest.raises(PeerLost, match=r"^another process of the job is gone .*Connection closed by peer"):
         run("lost", "sleep")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("others", [{}, {3: LastWord("lost", 1, "PeerLost", "another process is gone")}])
+def test_a_job_that_rank_0_of_another_machine_has_ended_has_a_class_and_the_exit_code_of_rank_0(others):
+    """From an error of this machine; its kind in --json is `followed`."""
+    words = {2: LastWord("followed", 3), **others}
+    found = cause({rank: Ended(rank, 1, 3, "") for rank in words}, words, alone=False)
+    assert isinstance(found, EndedElsewhere)
+    assert (str(found), found.exit_code) == (
+        "rank 0, on another machine, has ended the job with exit code 3; it says why where it runs",
+        3,
+    )
 
 
 def test_a_process_that_leaves_no_word_is_named_with_its_exit_code(run):

@@ -94,7 +94,11 @@ print(json.dumps({"loss": 1.5, "path": os.environ["PYTHONPATH"]}))
         ('sys.stderr.write("error: no such flag"); sys.exit(2)', None),
         (
             'print(json.dumps({"error": {"kind": "lost", "what": "another one is gone", "fix": ""}})); sys.exit(1)',
-            Outcome(-1, error="another one is gone"),
+            Outcome(-1, error="another one is gone", kind="lost"),
+        ),
+        (
+            'print(json.dumps({"error": {"kind": "followed", "what": "rank 0 did", "fix": ""}})); sys.exit(3)',
+            Outcome(3, error="rank 0 did", kind="followed"),
         ),
         ("os.kill(os.getpid(), 9)", Outcome(-9, error="its command was ended by SIGKILL")),
         (

@@ -12,6 +12,8 @@ import torch
 from stages import MAKE
 from waiting import pause
 
+from gemma2.posttrain.pipelines.executors import gang, jobs
+from gemma2.posttrain.pipelines.executors.job_values import Outcome
 from gemma2.posttrain.pipelines.executors.jobs import Job, Reporter, execute
 from gemma2.posttrain.runs.commands import COMMANDS
 from gemma2.posttrain.runs.run_directory import RunResult
@@ -58,6 +60,21 @@ def test_a_process_has_the_folder_the_modules_the_threads_and_the_devices_of_its
     os.environ["CUDA_VISIBLE_DEVICES"] = "7"
     execute(job(place), lambda event: None)
     assert seen["CUDA_VISIBLE_DEVICES"] == "7"  # without a word about devices they stay as they are
+
+
+@pytest.mark.parametrize(("cpus", "processes", "threads"), [(8, 2, 4), (7, 2, 3), (2, 8, 1), (6, 1, 6)])
+def test_the_processes_of_a_gang_share_its_cpus(place, monkeypatch, cpus, processes, threads):
+    """Each would else compute with as many threads as the stage has CPUs. A machine of several has all of them."""
+    seen = {}
+
+    def run_gang(job, send):
+        seen.update(gang._environment(job))
+        return Outcome(0)
+
+    monkeypatch.setattr(jobs, "run_gang", run_gang)
+    monkeypatch.setitem(COMMANDS, "make", MAKE)
+    assert execute(job(place, cpus=cpus, processes=processes, nodes=2), lambda event: None).code == 0
+    assert {seen[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")} == {str(threads)}
 
 
 def test_what_native_code_prints_goes_to_the_log(place, monkeypatch, capfd):

@@ -7,13 +7,16 @@ import threading
 import types
 
 import pytest
-from waiting import wait_for
+from waiting import PATIENCE, wait_for
 
-from gemma2.posttrain.pipelines.executors import ray_driver
-from gemma2.posttrain.pipelines.executors.job_values import Job, Outcome
+from gemma2.posttrain.pipelines.executors import ray_driver, ray_gang
+from gemma2.posttrain.pipelines.executors.job_values import STOPPED, Job, Outcome
 from gemma2.posttrain.pipelines.executors.ray_gang import RayGang, meeting_place
 
 END = object()
+LOST = Outcome(-1, error="another process is gone", kind="lost")
+FOLLOWED = Outcome(3, error="rank 0 has ended the job", kind="followed")
+GUARD = Outcome(3, error="the KL is 300")
 
 
 class RayError(Exception):
@@ -164,6 +167,56 @@ def test_the_first_node_that_fails_ends_the_others_and_says_why(cluster, found, 
     assert cluster.cancelled == [(0, False)]
     assert running.end() == expected
     assert len(cluster.removed) == 1
+
+
+def ends(cluster, node, *messages):
+    for message in messages:
+        cluster.streams[node].messages.put(message)
+    cluster.streams[node].messages.put(END)
+
+
+@pytest.mark.parametrize("first", [LOST, FOLLOWED, STOPPED])
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (GUARD, Outcome(3, error="node 1: the KL is 300")),
+        (Outcome(1, traceback="Traceback"), Outcome(1, traceback="Traceback")),
+        (Outcome(-9, error="rank 9 was killed"), Outcome(-9, error="node 1: rank 9 was killed")),
+    ],
+)
+def test_a_node_that_knows_no_cause_may_end_first_and_that_of_another_counts(
+    monkeypatch, cluster, first, cause, expected
+):
+    """A guard that ends one machine is a lost connection to the others, which may see it before that one has ended."""
+    monkeypatch.setattr(ray_gang, "CAUSE", PATIENCE)
+    running = Running(cluster, gang(cluster, 3))
+    ends(cluster, 0, first)
+    wait_for(lambda: running.gang.ended == {0})
+    assert cluster.cancelled == []
+    ends(cluster, 1, cause)
+    assert running.end() == expected
+    assert cluster.cancelled == [(2, False)]
+
+
+def test_nodes_that_say_no_cause_in_time_are_ended_and_the_failure_is_a_lost_process(monkeypatch, cluster):
+    """What they say then is that they were ended."""
+    monkeypatch.setattr(ray_gang, "CAUSE", 0.01)
+    running = Running(cluster, gang(cluster, 3))
+    cluster.streams[1].messages.put(STOPPED)
+    ends(cluster, 2, LOST)
+    assert running.end() == Outcome(-1, error="node 2: another process is gone", kind="lost")
+    assert sorted(cluster.cancelled) == [(0, False), (1, False)]
+
+
+def test_when_all_have_ended_nothing_is_waited_for_and_what_says_most_counts(monkeypatch, cluster):
+    monkeypatch.setattr(ray_gang, "CAUSE", PATIENCE)
+    running = Running(cluster, gang(cluster, 3))
+    for node, found in ((1, LOST), (2, FOLLOWED), (0, LOST)):
+        ends(cluster, node, found)
+        wait_for(lambda node=node: node in running.gang.ended)
+    assert running.end() == Outcome(3, error="node 2: rank 0 has ended the job", kind="followed")
+    assert cluster.cancelled == []
+    wait_for(lambda: not running.gang.timer.is_alive())
 
 
 def test_an_interrupt_ends_all_also_while_nodes_are_not_free(cluster):

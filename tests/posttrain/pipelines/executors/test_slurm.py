@@ -10,67 +10,15 @@ from pathlib import Path
 import fake_slurm
 import pytest
 from processes import MAIN, finish, start
+from slurm_jobs import ANY, SLEEP, again, job, outcome_of, running
 from waiting import wait_for
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError, UsageError
 from gemma2.posttrain.pipelines.executors import slurm, slurm_commands
 from gemma2.posttrain.pipelines.executors.job_process import Mailbox
-from gemma2.posttrain.pipelines.executors.job_values import Job, Outcome
 from gemma2.posttrain.pipelines.executors.slurm import SlurmExecutor
 from gemma2.posttrain.schemas import Resources
-
-ANY = Resources()
-ROW = {"prompt": "What is two plus two?", "completion": "It is four, as you can count on your fingers."}
-SLEEP = "echo at work; exec sleep 600\n"
-
-
-@pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    """The folder of the fake SLURM, which is on PATH; the working folder has rows."""
-    environment = fake_slurm.install(tmp_path / "slurm")
-    for name in ("PATH", "FAKE_SLURM"):
-        monkeypatch.setenv(name, environment[name])
-    monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text("\n".join(json.dumps({**ROW, "prompt": f"How much is {i}?"}) for i in range(4)))
-    yield tmp_path / "slurm"
-    for job in (tmp_path / "slurm" / "jobs").iterdir():
-        if fake_slurm.state(job) in fake_slurm.LIVE:
-            fake_slurm.end(job, "CANCELLED", signal.SIGKILL)
-
-
-@pytest.fixture
-def executor(cluster):
-    made = SlurmExecutor(2, ["partition=gpu"])
-    made.every = made.late = 0.05
-    yield made
-    made.running.clear()
-
-
-def job(**changes) -> Job:
-    given = {"stage": "a", "command": "filter", "options": {"data": "rows.jsonl", "workers": 1}, "out": "out/a"}
-    given |= {"log": "logs/a.log", "resume": False, "force": False, "folder": os.getcwd(), "modules": ()}
-    return Job(**given | {"cpus": 1} | changes)
-
-
-def outcome_of(executor, stage="a", seen=None) -> Outcome:
-    found = {}
-
-    def look():
-        events, ended = executor.poll(0.1)
-        found.update(ended)
-        if seen is not None:
-            seen.extend(events)
-        return found.get(stage)
-
-    return wait_for(look)
-
-
-def running(cluster: Path, number: int = 1) -> Path:
-    """A job that is at work, with a process."""
-    place = cluster / "jobs" / str(number)
-    wait_for(lambda: place.exists() and (place / "state").exists() and fake_slurm.state(place) == "RUNNING")
-    return place
 
 
 def given_to(cluster: Path, number: int = 1) -> dict:
@@ -253,14 +201,6 @@ def test_an_interrupt_while_a_job_is_submitted_cancels_it_too(cluster, executor,
     assert fake_slurm.state(cluster / "jobs" / "1") == "CANCELLED"
 
 
-def again(executor) -> SlurmExecutor:
-    """The executor of a pipeline that was started again after a kill."""
-    made = SlurmExecutor(2, ["partition=gpu"])
-    made.every = made.late = 0.05
-    executor.running.clear()
-    return made
-
-
 def test_a_pipeline_that_is_started_again_finds_its_jobs(cluster, executor):
     (cluster / "instead").write_text(SLEEP)
     executor.start(job(), ANY)
@@ -294,6 +234,7 @@ def test_a_job_of_something_else_ends_before_another_one_begins(cluster, executo
     second.start(job(options={"data": "rows.jsonl", "min_words": 3}), ANY)
     assert fake_slurm.state(cluster / "jobs" / "1") == "CANCELLED"
     assert second.running["a"].number == "2"
+    running(cluster, 2)  # the fake scancel misses a job that is just about to begin
     second.stop()
 
 
