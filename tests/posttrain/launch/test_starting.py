@@ -1,9 +1,12 @@
 """What `--gpus` and `--nodes` come to: refused, one GPU, several processes, or nothing under torchrun."""
 
+import math
 import os
+import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from gemma2.core.errors import UsageError
 from gemma2.core.progress import SILENT
@@ -44,7 +47,7 @@ class Notes:
 def alone(monkeypatch):
     """No launcher, no job."""
     for name in list(os.environ):
-        if name.startswith(("PET_", "SLURM_", "SKYPILOT_", "CUDA_VISIBLE", "RANK", "WORLD_SIZE", "LOCAL_")):
+        if name.startswith(("PET_", "SLURM_", "SKYPILOT_", "CUDA_VISIBLE", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # restored afterwards, whatever is done to it
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -106,6 +109,38 @@ def test_accelerators_that_no_tool_names_are_counted_by_torch_only_if_a_flag_ask
     assert devices(asked=True) == ()
 
 
+@pytest.mark.parametrize(
+    ("given", "seen", "keys"),
+    [
+        ("4,5", 2, "4 5"),
+        ("4,5,9", 2, "4 5"),  # torch sees those in front of one that does not exist
+        ("GPU-ab, 5", 2, "GPU-ab 5"),
+        ("0", 3, "0 1 2"),  # of accelerators that do not go by this variable
+    ],
+)
+@pytest.mark.parametrize("tool", [None, "exit 1", "echo broken"])
+def test_gpus_that_the_driver_does_not_list_keep_the_names_that_the_user_has_chosen(
+    tmp_path, monkeypatch, runs, given, seen, keys, tool
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if tool is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{tool}\n", encoding="utf-8")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setattr(starting, "COUNT", f"print({seen})")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert [gpu.key for gpu in devices(asked=True)] == keys.split()
+    assert started(sft(gpus=2), WORDS, SILENT) == 5
+    assert list(runs[0].keys) == keys.split()[:2]
+    assert started(sft(gpus=1), WORDS, SILENT) is None
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == keys.split()[0]
+
+
+def test_a_gpu_whose_free_memory_the_driver_does_not_say_is_a_gpu(tmp_path, monkeypatch):
+    gpus(tmp_path, monkeypatch, 100, "[N/A]", 300)
+    assert [gpu.key for gpu in visible_devices()] == ["0", "1", "2"]
+    assert math.isnan(visible_devices()[1].memory.free)
+
+
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +152,30 @@ def test_a_machine_without_gpus_refuses_the_flag_and_names_torchrun(monkeypatch,
     with pytest.raises(UsageError, match=r"no GPU that torch can use; drop --gpus$"):
         started(sft(gpus=1), WORDS, SILENT)
     assert started(sft(), WORDS, SILENT) is None
+    assert runs == []
+
+
+@pytest.mark.parametrize(("flags", "here"), [({"nodes": 2}, 1), ({"nodes": 2, "gpus": 4}, 4)])
+def test_machines_without_gpus_get_the_line_of_torchrun_which_leads_to_a_run(monkeypatch, runs, flags, here):
+    monkeypatch.setattr(starting, "COUNT", "print(0)")
+    monkeypatch.setenv("PET_NODE_RANK", "1")
+    monkeypatch.setenv("PET_MASTER_ADDR", "head")
+    words = [
+        "sft",
+        "--data",
+        "a b.jsonl",
+        *(word for name, value in flags.items() for word in (f"--{name}", str(value))),
+    ]
+    with pytest.raises(UsageError, match="and this machine has no GPU that torch can use; to run on CPUs") as caught:
+        started(sft(**flags), words, SILENT)
+    program, *line = shlex.split(caught.value.hint.partition(": ")[2].replace(" K ", " 1 "))
+    asked = get_args_parser().parse_args(line)
+    assert (program, asked.module, asked.training_script) == ("torchrun", True, "gemma2.cli.main")
+    assert (asked.nnodes, asked.node_rank, asked.nproc_per_node) == ("2", 1, str(here))
+    assert (asked.master_addr, asked.master_port, asked.training_script_args) == ("head", 29500, words)
+    for name, value in {"RANK": here, "WORLD_SIZE": 2 * here, "LOCAL_WORLD_SIZE": here, "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))  # as torchrun does
+    assert started(sft(**flags), words, SILENT) is None
     assert runs == []
 
 
