@@ -31,6 +31,7 @@ from typing import Literal, TypeVar, cast
 
 from . import errors
 from .errors import Gemma2Error, SystemRefusal, UsageError, refusal
+from .launch_variables import launched_size
 
 __all__ = [
     "ALONE",
@@ -122,7 +123,7 @@ def leave_job() -> None:
     another process is gone may abort this one, whose work is done. NCCL warns of processes that do not part from it.
     """
     torch = sys.modules.get("torch")
-    if announced() == 1 or torch is None or not torch.distributed.is_initialized():
+    if torch is None or announced() == 1 or not torch.distributed.is_initialized():
         return
     if torch.distributed.get_backend() == "nccl":
         torch.distributed.destroy_process_group()
@@ -157,8 +158,8 @@ def is_main() -> bool:
 
 
 def announced() -> int:
-    """The number of processes that the launcher announced."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that the launcher announced. Raises UsageError for variables that cannot be read."""
+    return launched_size()
 
 
 class RankEnd(SystemExit):

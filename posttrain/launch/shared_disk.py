@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gemma2.core.errors import OutputError, UsageError
+from gemma2.core.launch_variables import launched_here
 from gemma2.core.ranks import Ranks, announced, join
 
 __all__ = ["check_shared_disk"]
@@ -22,7 +23,7 @@ def check_shared_disk(command: str, out: Path) -> None:
 
     A job on one machine is not checked.
     """
-    if int(os.environ.get("LOCAL_WORLD_SIZE", str(announced()))) == announced():
+    if launched_here() == announced():
         return
     check_token(join(command), out, os.environ.get("GROUP_RANK", "0"))
 
