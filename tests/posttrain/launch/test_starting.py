@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from gemma2.core.errors import UsageError
+from gemma2.core.errors import OutputError, UsageError
+from gemma2.core.outputs.staging import locked
 from gemma2.core.progress import SILENT
 from gemma2.core.ranks import Ranks
 from gemma2.posttrain.launch import starting
@@ -324,3 +325,27 @@ def test_a_machine_that_does_not_see_the_output_is_named_and_the_token_removed(t
     assert list((tmp_path / "new").iterdir()) == []
     check_token(Ranks(), tmp_path / "out", "0")
     assert list(tmp_path.iterdir()) == [tmp_path / "new"]
+
+
+def test_the_token_of_a_start_that_was_killed_is_removed_by_the_next_one_and_that_of_one_at_work_stays(tmp_path):
+    left = tmp_path / ".out.token-0123456789abcdef"
+    others = [tmp_path / ".out2.token-0123456789abcdef", tmp_path / ".out.token-data"]
+    for path in (left, *others):
+        path.write_bytes(b"of a user" if path.name.endswith("data") else b"")
+    with locked(tmp_path / "out"), pytest.raises(OutputError, match="another gemma2 process is writing"):
+        check_token(Ranks(), tmp_path / "out", "0")
+    assert left.exists()
+    check_token(Ranks(), tmp_path / "out", "0")
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_token_is_looked_for_under_the_lock(tmp_path):
+    class Slow(Ranks):
+        def gather(self, value):
+            with pytest.raises(OutputError, match="another gemma2 process is writing"):
+                check_token(Ranks(), tmp_path / "out", "0")  # a second start, which must not remove the token
+            assert list(tmp_path.glob(".out.token-*"))
+            return [value]
+
+    check_token(Slow(), tmp_path / "out", "0")
+    assert list(tmp_path.iterdir()) == []
