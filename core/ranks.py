@@ -20,6 +20,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,6 @@ from typing import Literal, TypeVar, cast
 
 from . import errors
 from .errors import Gemma2Error, SystemRefusal, UsageError, refusal
-from .launch_variables import launched_size
 
 __all__ = [
     "ALONE",
@@ -43,6 +43,7 @@ __all__ = [
     "RankEnd",
     "Ranks",
     "announced",
+    "announced_here",
     "follow_launcher",
     "is_launched",
     "is_main",
@@ -55,6 +56,7 @@ __all__ = [
 S = TypeVar("S")
 T = TypeVar("T")
 FOLDER = "GEMMA2_LAUNCH"  # variable with the folder of the words, in processes that a command has started
+UNSET = "unset RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, or start the command with torchrun, which sets them"
 LAUNCHER = "GEMMA2_LAUNCHER"  # variable with the number of the process that has started them
 PR_SET_PDEATHSIG = 1  # prctl(2)
 WAIT = timedelta(days=1)  # of ranks for rank 0, which may ask a server or write; a dead one is noticed at once
@@ -158,8 +160,34 @@ def is_main() -> bool:
 
 
 def announced() -> int:
-    """The number of processes that the launcher announced. Raises UsageError for variables that cannot be read."""
-    return launched_size()
+    """The number of processes that the launcher announced, 1 without one.
+
+    Raises UsageError for a variable of the launcher that holds no number, which would be a traceback in torch or
+    accelerate at the first place that reads it, or that does not fit the others.
+    """
+    size = _number("WORLD_SIZE", 1, 1)
+    rank = _number("RANK", 0, 0)
+    if rank >= size:
+        raise UsageError(f"the environment variable RANK is {rank}, and WORLD_SIZE says {size}", UNSET)
+    _number("LOCAL_RANK", -1, -1)  # read by accelerate, in a single process too
+    if size > 1:
+        _number("MASTER_PORT", 1, 1, 65535)
+    return size
+
+
+def announced_here() -> int:
+    """The number of processes on this machine; without a word about it, all of them."""
+    return _number("LOCAL_WORLD_SIZE", announced(), 1)
+
+
+def _number(name: str, default: int, least: int, most: int | None = None) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    number = int(text) if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", text) else None
+    if number is None or number < least or (most is not None and number > most):
+        raise UsageError(f"the environment variable {name} is {text!r}", UNSET)
+    return number
 
 
 class RankEnd(SystemExit):

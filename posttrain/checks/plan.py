@@ -13,9 +13,8 @@ from pathlib import Path
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
-from gemma2.core.launch_variables import launched_here
 from gemma2.core.outputs.staging import check_output
-from gemma2.core.ranks import announced
+from gemma2.core.ranks import announced, announced_here
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.planning.disk import disk_of
 from gemma2.posttrain.planning.durations import duration
@@ -157,7 +156,7 @@ def _asked(config: Config, sizes: Sizes, lengths: Lengths, here: Memory) -> tupl
         if announced() == 1:  # GPUs of another machine, of which nothing is known
             here = Memory(USUAL, f"a GPU of {USUAL / 1e9:.0f} GB, of which this machine has none")
         else:  # the processes share it
-            here = Memory(here.free / launched_here(), MAIN)
+            here = Memory(here.free / announced_here(), MAIN)
     return here, place_for(config, sizes, lengths, place_of(here).kind, here.free, count)
 
 

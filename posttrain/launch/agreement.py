@@ -6,8 +6,7 @@ processes = --gpus x --nodes, each with an equal share of the rows of a step
 from __future__ import annotations
 
 from gemma2.core.errors import UsageError
-from gemma2.core.launch_variables import launched_here
-from gemma2.core.ranks import announced
+from gemma2.core.ranks import announced, announced_here
 from gemma2.posttrain.schemas import DistillConfig, LaunchFields, RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import Config
 
@@ -17,7 +16,7 @@ __all__ = ["check_shares", "check_world", "divides"]
 def check_world(config: LaunchFields) -> None:
     """Raise UsageError if the launcher that started this process has started another number than the flags ask for."""
     size = announced()
-    here = launched_here()
+    here = announced_here()
     gpus = config.gpus if config.gpus is not None else here if config.nodes > 1 else None
     if gpus is not None and gpus * config.nodes != size:
         flags = " ".join([f"--gpus {gpus}"] * (config.gpus is not None) + [f"--nodes {config.nodes}"])

@@ -13,9 +13,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from gemma2.core.errors import OutputError, UsageError
-from gemma2.core.launch_variables import launched_here
 from gemma2.core.outputs.staging import locked, remove_tokens
-from gemma2.core.ranks import Ranks, announced, join
+from gemma2.core.ranks import Ranks, announced, announced_here, join
 
 __all__ = ["check_shared_disk"]
 
@@ -25,7 +24,7 @@ def check_shared_disk(command: str, out: Path) -> None:
 
     A job on one machine is not checked.
     """
-    if launched_here() == announced():
+    if announced_here() == announced():
         return
     check_token(join(command), out, os.environ.get("GROUP_RANK", "0"))
 

@@ -5,8 +5,7 @@ import os
 import pytest
 
 from gemma2.core.errors import UsageError
-from gemma2.core.launch_variables import launched_here, launched_size
-from gemma2.core.ranks import announced
+from gemma2.core.ranks import announced, announced_here
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 OF_TWO = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
@@ -37,7 +36,7 @@ def given(monkeypatch):
 )
 def test_processes_are_counted_by_what_the_launcher_says(given, variables, size, here):
     given(variables)
-    assert (launched_size(), announced(), launched_here()) == (size, size, here)
+    assert (announced(), announced_here()) == (size, here)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,12 +44,12 @@ def test_processes_are_counted_by_what_the_launcher_says(given, variables, size,
 def test_a_variable_that_is_no_number_is_one_line_whose_advice_leads_to_one_process(given, monkeypatch, name, value):
     given(OF_TWO | {name: value})
     with pytest.raises(UsageError) as caught:
-        (announced(), launched_here())
+        (announced(), announced_here())
     assert caught.value.what == f"the environment variable {name} is {value!r}"
     unset = caught.value.hint.removeprefix("unset ").partition(", or ")[0]
     for one in unset.replace(" and ", ", ").split(", "):
         monkeypatch.delenv(one)
-    assert (announced(), launched_here()) == (1, 1)
+    assert (announced(), announced_here()) == (1, 1)
     assert set(os.environ) & set(NAMES) == {"MASTER_PORT"}
 
 
