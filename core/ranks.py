@@ -21,6 +21,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,7 @@ __all__ = [
     "RankEnd",
     "Ranks",
     "announced",
+    "announced_here",
     "follow_launcher",
     "is_launched",
     "is_main",
@@ -59,6 +61,7 @@ __all__ = [
 S = TypeVar("S")
 T = TypeVar("T")
 FOLDER = "GEMMA2_LAUNCH"  # variable with the folder of the words, in processes that a command has started
+UNSET = "unset RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, or start the command with torchrun, which sets them"
 LAUNCHER = "GEMMA2_LAUNCHER"  # variable with the number of the process that has started them
 PR_SET_PDEATHSIG = 1  # prctl(2)
 WAIT = timedelta(days=1)  # of ranks for rank 0, which may ask a server or write; a dead one is noticed at once
@@ -142,7 +145,7 @@ def leave_job(code: int = 0) -> None:
     after a failure they must not try, since that waits for what the others have begun.
     """
     torch = sys.modules.get("torch")
-    if announced() == 1 or torch is None or not torch.distributed.is_initialized():
+    if torch is None or announced() == 1 or not torch.distributed.is_initialized():
         return
     if code == 0 and torch.distributed.get_backend() == "nccl":
         torch.distributed.destroy_process_group()
@@ -177,8 +180,34 @@ def is_main() -> bool:
 
 
 def announced() -> int:
-    """The number of processes that the launcher announced."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that the launcher announced, 1 without one.
+
+    Raises UsageError for a variable of the launcher that holds no number, which would be a traceback in torch or
+    accelerate at the first place that reads it, or that does not fit the others.
+    """
+    size = _number("WORLD_SIZE", 1, 1)
+    rank = _number("RANK", 0, 0)
+    if rank >= size:
+        raise UsageError(f"the environment variable RANK is {rank}, and WORLD_SIZE says {size}", UNSET)
+    _number("LOCAL_RANK", -1, -1)  # read by accelerate, in a single process too
+    if size > 1:
+        _number("MASTER_PORT", 1, 1, 65535)
+    return size
+
+
+def announced_here() -> int:
+    """The number of processes on this machine; without a word about it, all of them."""
+    return _number("LOCAL_WORLD_SIZE", announced(), 1)
+
+
+def _number(name: str, default: int, least: int, most: int | None = None) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    number = int(text) if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", text) else None
+    if number is None or number < least or (most is not None and number > most):
+        raise UsageError(f"the environment variable {name} is {text!r}", UNSET)
+    return number
 
 
 class RankEnd(SystemExit):

@@ -133,7 +133,7 @@ def test_the_page_names_every_file_and_the_variables_that_are_read():
     for path in PLACE.iterdir():
         assert f"(clusters/{path.name})" in PAGE
     for job in JOBS:
-        assert all(f"`{name}`" in PAGE for name in (job.count, job.node, job.hosts))
+        assert all(f"`{name}`" in PAGE for name in (*job.count, job.node, *job.hosts))
 
 
 def test_the_settings_that_the_page_names_are_accepted():

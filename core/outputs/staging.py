@@ -34,6 +34,7 @@ __all__ = [
     "fsync_tree",
     "locked",
     "publish",
+    "remove_tokens",
     "staged_output",
     "take_notes",
 ]
@@ -206,6 +207,18 @@ def _release(descriptors: list[int], path: Path) -> None:
             path.unlink()
     while descriptors:
         os.close(descriptors.pop())
+
+
+def remove_tokens(out: Path) -> None:
+    """Remove the tokens (posttrain/launch/shared_disk.py) of starts on several machines that were killed.
+
+    For a holder of the lock: a start holds it as long as its token is needed, so that those found now are left over.
+    """
+    for path in out.parent.glob(f".{glob.escape(out.name)}.token-*"):
+        with suppress(OSError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+                path.unlink()
 
 
 def fsync_tree(directory: Path) -> None:

@@ -1,16 +1,17 @@
 """The attention kernel of a command: what was asked for runs or is refused, what `auto` took is said.
 
 `auto` is eager on a CPU. On an accelerator it is flex_attention if `kernel_check.py` finds it right there, else eager,
-with a warning that has the figures. A decision is made once for an architecture in a process: every model of a command
-that has it gets the same kernel. The sampler's masks suit eager and sdpa alone: with another kernel it draws in eager
-attention, and what it drew is scored by the kernel.
+with a warning that has the figures. Several processes decide together: all are eager if one of them has to be. A
+decision is made once for an architecture in a process: every model of a command that has it gets the same kernel. The
+sampler's masks suit eager and sdpa alone: with another kernel it draws in eager attention, and what it drew is scored
+by the kernel.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject, read_json
 from gemma2.core.progress import SILENT, Progress
+from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.schemas.fields import Attention
 
 from .kernel_check import KernelCheck, Precision, check_kernel
@@ -36,12 +38,16 @@ SHAPED_BY: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class KernelUse:
-    """How models are computed with: `dtype` of their weights; learns: under autocast; packed: rows are joined."""
+    """How models are computed with: `dtype` of their weights; learns: under autocast; packed: rows are joined.
+
+    wide  how to change that something computes in fp32 and not under autocast; "" if nothing does
+    """
 
     dtype: torch.dtype
     device: torch.device
     learns: bool = False
     packed: bool = False
+    wide: str = ""
 
     def precisions(self, kernel: str) -> list[Precision]:
         """The precisions in which the kernel will run."""
@@ -80,19 +86,22 @@ def settle_attention(
     device: torch.device,
     learns: bool = False,
     packed: bool = False,
+    wide: str | None = None,
 ) -> JsonObject:
     """Decide on the kernel of a command's models before they are loaded, say it, and return the record of it.
 
     dtype   of the weights; a model that learns has fp32 weights and runs under autocast on an accelerator
     learns  whether gradients are compared as well
     packed  whether rows are joined
-    Raises UsageError for a kernel that was asked for and does not fit, or computes something else.
+    wide    how to change that some of its models compute in fp32 and not under autocast, for the error of a kernel that
+            cannot; None: by `dtype` and `learns`, and `--dtype` changes it
+    Processes that have met decide together: each of them has to call this. Raises UsageError for a kernel that was
+    asked for and does not fit, or computes something else.
     """
-    use = KernelUse(dtype, device, learns, packed)
+    use = KernelUse(dtype, device, learns, packed, _wide(dtype, learns) if wide is None else wide)
     found: dict[str, JsonObject] = {}
     said: set[str] = set()
-    for path in dict.fromkeys(models):
-        choice = _choice(asked, path, use)
+    for path, choice in _on_all(asked, list(dict.fromkeys(models)), use).items():
         found[str(path)] = choice.record()
         line = choice.reason or f"attention: {choice.kernel}, {'; '.join(one.figures() for one in choice.checks)}"
         if line not in said and choice.reason:
@@ -112,7 +121,7 @@ def kernels_in(settled: JsonObject) -> str:
 
 def chosen_kernel(asked: Attention, path: Path, dtype: torch.dtype, device: torch.device) -> str:
     """The kernel that a model is loaded with: the one that was settled on, else decided now for reading alone."""
-    return _choice(asked, path, KernelUse(dtype, device)).kernel
+    return _choice(asked, path, KernelUse(dtype, device, wide=_wide(dtype))).kernel
 
 
 def drawing_kernel(asked: Attention) -> Attention:
@@ -120,19 +129,50 @@ def drawing_kernel(asked: Attention) -> Attention:
     return "sdpa" if asked == "sdpa" else "eager"
 
 
+def _wide(dtype: torch.dtype, learns: bool = False) -> str:
+    return "give --dtype bfloat16" if dtype == torch.float32 and not learns else ""
+
+
+def _on_all(asked: Attention, models: Sequence[Path], use: KernelUse) -> dict[Path, KernelChoice]:
+    """The choice for each model, the same in all processes: eager for all where `auto` is eager in one of them."""
+    choices = {path: _choice(asked, path, use) for path in models}
+    ranks = _met()
+    if asked != "auto" or use.device.type == "cpu" or ranks.size == 1:
+        return choices
+    every = ranks.gather([(choice.kernel, choice.reason) for choice in choices.values()])
+    for number, path in enumerate(models):
+        kernels = [of_rank[number] for of_rank in every]
+        if len({kernel for kernel, _ in kernels}) > 1:
+            rank, reason = next((rank, why) for rank, (kernel, why) in enumerate(kernels) if kernel == "eager")
+            choices[path] = replace(choices[path], kernel="eager", reason=f"{reason} (rank {rank}, so on all)")
+            _choices[_key(asked, read_json(path / "config.json"), use.device)] = choices[path]
+    return choices
+
+
+def _met() -> Ranks:
+    """The processes of this job, if they have met."""
+    group = torch.distributed
+    if not group.is_available() or not group.is_initialized():
+        return ALONE
+    return Ranks(group.get_rank(), group.get_world_size())
+
+
+def _key(asked: Attention, settings: Mapping[str, object], device: torch.device) -> tuple[str, str, str]:
+    return json.dumps([settings.get(name) for name in SHAPED_BY]), asked, device.type
+
+
 def _choice(asked: Attention, path: Path, use: KernelUse) -> KernelChoice:
     if asked == "eager" or (asked == "auto" and use.device.type == "cpu"):
         return KernelChoice("eager")
     settings = read_json(path / "config.json")
-    key = (json.dumps([settings.get(name) for name in SHAPED_BY]), asked, use.device.type)
+    key = _key(asked, settings, use.device)
     if key not in _choices:
         _choices[key] = _automatic(settings, use) if asked == "auto" else _explicit(asked, settings, use)
     return _choices[key]
 
 
 def _explicit(kernel: str, settings: Mapping[str, object], use: KernelUse) -> KernelChoice:
-    wide = use.dtype == torch.float32 and not use.learns
-    refuse_kernel(kernel, settings, use.device, learns=use.learns, wide=wide)
+    refuse_kernel(kernel, settings, use.device, learns=use.learns, wide=use.wide)
     try:
         checks = _checked(kernel, settings, use)
     except Exception as error:  # a kernel raises whatever its compiler raises
@@ -163,8 +203,9 @@ def _automatic(settings: Mapping[str, object], use: KernelUse) -> KernelChoice:
 
 
 def _checked(kernel: str, settings: Mapping[str, object], use: KernelUse) -> list[KernelCheck]:
-    """Compare with eager in each precision; gradients in the one that trains."""
+    """Compare with eager in each precision; gradients in the one that trains, in each where that may be fp32."""
     return [
-        check_kernel(settings, kernel, precision, use.device, learns=use.learns and number == 0, packed=use.packed)
+        check_kernel(settings, kernel, precision, use.device, learns=learns, packed=use.packed)
         for number, precision in enumerate(use.precisions(kernel))
+        for learns in [use.learns and (number == 0 or bool(use.wide))]
     ]

@@ -36,12 +36,12 @@ def installed_kernels(device: torch.device) -> list[str]:
 
 
 def refuse_kernel(
-    kernel: str, settings: Mapping[str, object], device: torch.device, *, learns: bool, wide: bool = False
+    kernel: str, settings: Mapping[str, object], device: torch.device, *, learns: bool, wide: str = ""
 ) -> None:
     """Raise UsageError for a kernel that a model's settings, this device or this installation rule out.
 
     learns  whether the model is trained
-    wide    whether it computes in fp32 and not under autocast
+    wide    how to change that something of it computes in fp32 and not under autocast; "" if nothing does
     """
     if kernel == "eager":
         return
@@ -62,4 +62,4 @@ def refuse_kernel(
     if kernel == "flex_attention" and learns and settings.get("attention_dropout"):
         raise UsageError("--attention flex_attention has no dropout, and config.json asks for it", "use eager")
     if is_half_only(kernel) and wide:
-        raise UsageError(f"--attention {kernel} computes in half precision only", "give --dtype bfloat16, or use eager")
+        raise UsageError(f"--attention {kernel} computes in half precision only", f"{wide}, or use --attention eager")

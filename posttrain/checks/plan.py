@@ -6,7 +6,6 @@ A plan is always printed: memory or a disk that is too small is a line of it (`p
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.staging import check_output
-from gemma2.core.ranks import announced
+from gemma2.core.ranks import announced, announced_here
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.planning.disk import disk_of
 from gemma2.posttrain.planning.durations import duration
@@ -157,7 +156,7 @@ def _asked(config: Config, sizes: Sizes, lengths: Lengths, here: Memory) -> tupl
         if announced() == 1:  # GPUs of another machine, of which nothing is known
             here = Memory(USUAL, f"a GPU of {USUAL / 1e9:.0f} GB, of which this machine has none")
         else:  # the processes share it
-            here = Memory(here.free / int(os.environ.get("LOCAL_WORLD_SIZE", str(count))), MAIN)
+            here = Memory(here.free / announced_here(), MAIN)
     return here, place_for(config, sizes, lengths, place_of(here).kind, here.free, count)
 
 

@@ -34,6 +34,7 @@ from gemma2.posttrain.data.rows import Prompt, located, split
 from gemma2.posttrain.launch.agreement import check_shares
 from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries
 from gemma2.posttrain.models.lora import check_targets, lora_config, plain_model
+from gemma2.posttrain.models.precision import widening
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import Completions, SamplingParams, evaluating, length_batches
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
@@ -82,7 +83,12 @@ def run_distill(config: DistillConfig, options: RunOptions, progress: Progress =
         reading = Reading(config)
         named = [config.model] if config.teacher is None else [config.model, config.teacher]
         run.origin["attention"] = settle_attention(
-            config.attention, named, progress, device=default_device(), learns=True
+            config.attention,
+            named,
+            progress,
+            device=default_device(),
+            learns=True,
+            wide=widening(config.trainer, config.teacher_dtype if placement.divides else "bfloat16", "--teacher-dtype"),
         )
         setup = prepare(config, cache, reading, progress, placement)
         unread = reading.report(progress, run.path if ranks.is_main else None)

@@ -37,7 +37,7 @@ from gemma2.posttrain.data.examples import Example
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, split
 from gemma2.posttrain.models.loading import default_device, quiet_libraries
-from gemma2.posttrain.models.precision import frozen_dtype
+from gemma2.posttrain.models.precision import frozen_dtype, widening
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import length_batches
 from gemma2.posttrain.models.scorer import CHUNK
@@ -68,6 +68,7 @@ def run_cache(config: DistillCacheConfig, options: RunOptions, progress: Progres
             progress,
             dtype=frozen_dtype(config.teacher_dtype),
             device=default_device(),
+            wide=widening({}, config.teacher_dtype, "--teacher-dtype"),
         )
         model, tokenizer = load_teacher(config.teacher, config.teacher_dtype, config.attention)
         vocabulary = int(model.get_output_embeddings().weight.shape[0])

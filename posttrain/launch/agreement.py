@@ -5,10 +5,8 @@ processes = --gpus x --nodes, each with an equal share of the rows of a step
 
 from __future__ import annotations
 
-import os
-
 from gemma2.core.errors import UsageError
-from gemma2.core.ranks import announced
+from gemma2.core.ranks import announced, announced_here
 from gemma2.posttrain.schemas import DistillConfig, LaunchFields, RewardConfig, RlhfConfig, SftConfig
 from gemma2.posttrain.schemas.config import Config
 
@@ -18,7 +16,7 @@ __all__ = ["check_shares", "check_world", "divides"]
 def check_world(config: LaunchFields) -> None:
     """Raise UsageError if the launcher that started this process has started another number than the flags ask for."""
     size = announced()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    here = announced_here()
     gpus = config.gpus if config.gpus is not None else here if config.nodes > 1 else None
     if gpus is not None and gpus * config.nodes != size:
         flags = " ".join([f"--gpus {gpus}"] * (config.gpus is not None) + [f"--nodes {config.nodes}"])

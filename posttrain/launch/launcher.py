@@ -15,7 +15,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ WAIT = 900  # seconds in which the machines of a job have to meet
 END = 30  # seconds that the launcher gives to the other processes when one has ended, or to all at a signal
 MORE = 10  # seconds after these in which this process ends by itself
 THREADS = "OMP_NUM_THREADS"
+LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 GO_ON = "start it again; a run that has a checkpoint goes on with --resume"
 # Signals with which a system, or a fault, ends a process; the launcher itself ends the others with SIGTERM, and after
 # END seconds with SIGKILL.
@@ -104,7 +106,8 @@ def run_processes(processes: Processes) -> int:
     Raises the error that a process has left a word about, ProcessBug for a bug, ProcessEnd for a process that was
     killed, InputError where the machines do not meet.
     """
-    check_torch()
+    with _silent_sockets():
+        check_torch()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
@@ -132,6 +135,22 @@ def run_processes(processes: Processes) -> int:
             del os.environ[FOLDER], os.environ[LAUNCHER]
 
 
+@contextmanager
+def _silent_sockets() -> Iterator[None]:
+    """A block that imports torch, whose sockets then do not write their stacks while machines meet: one line says it.
+
+    torch reads the variable at its import; the processes do not get it.
+    """
+    if LOG_LEVEL in os.environ:
+        yield
+        return
+    os.environ[LOG_LEVEL] = "FATAL"
+    try:
+        yield
+    finally:
+        del os.environ[LOG_LEVEL]
+
+
 def _settings(processes: Processes, folder: Path) -> LaunchConfig:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
@@ -145,7 +164,7 @@ def _settings(processes: Processes, folder: Path) -> LaunchConfig:
         nproc_per_node=count,
         run_id=f"gemma2-{os.getpid()}" if alone else "gemma2",
         rdzv_backend="c10d" if alone else "static",
-        rdzv_endpoint="localhost:0" if alone else f"{meeting.head}:{meeting.port}",  # 0: a port that is free
+        rdzv_endpoint="localhost:0" if alone else meeting.place,  # 0: a port that is free
         rdzv_configs={} if alone else {"rank": meeting.node, "timeout": WAIT},
         local_addr="localhost" if alone else None,
         max_restarts=0,
@@ -225,14 +244,20 @@ def _stderr(folder: Path, local: int) -> str:
 def _no_meeting(meeting: Meeting, error: Exception) -> Gemma2Error:
     """The line for machines, or processes, that could not meet. Raises the error if it is of another kind."""
     text = " ".join(str(error).split())
-    place = f"{meeting.head}:{meeting.port}"
+    place = meeting.place
     if "EADDRINUSE" in text or "address already in use" in text.lower():
         return UsageError(
             f"the port {place} of the head is taken", "set PET_MASTER_PORT to another one, on each machine"
         )
-    if meeting.nodes > 1 and any(word in text for word in ("imed out", "clients joined", "connect")):
+    if meeting.nodes > 1 and "Ping failed" in text:
+        return UsageError(
+            f"another program answers at {place}, the port of the head ({text[:120]})",
+            "set PET_MASTER_PORT to another one, on each machine",
+        )
+    network = type(error).__name__ == "DistNetworkError"  # torch's, of whatever the socket was refused
+    if meeting.nodes > 1 and (network or any(word in text for word in ("imed out", "clients joined", "connect"))):
         return InputError(
             f"the {meeting.nodes} machines did not meet at {place} within {WAIT} s ({text[:120]})",
-            f"see that the command was started on each, and that each reaches {place}",
+            f"see that the command was started on each, and that each reaches {place}; PET_MASTER_PORT is another port",
         )
     raise error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,13 +21,13 @@ from gemma2.core.errors import Gemma2Error, UsageError
 from gemma2.core.progress import Progress
 from gemma2.core.ranks import announced
 from gemma2.core.sizes import sizes_apart
-from gemma2.posttrain.runs.machine import CHOICE, Gpu, visible_devices
+from gemma2.posttrain.runs.machine import CHOICE, Gpu, Memory, chosen_keys, visible_devices
 from gemma2.posttrain.schemas import GenerateConfig, LaunchFields, StrategyFields, WarpConfig
 from gemma2.posttrain.schemas.config import Config
 
 from .agreement import check_shares, check_world, divides
 from .launcher import Processes, run_processes
-from .nodes import meeting_of
+from .nodes import Meeting, meeting_of
 from .strategy import needed_on_one
 
 __all__ = ["devices", "started"]
@@ -46,10 +47,17 @@ def devices(asked: bool) -> tuple[Gpu, ...]:
         return found
     with suppress(subprocess.SubprocessError, OSError, ValueError):
         done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, timeout=120, check=True)
-        from gemma2.posttrain.runs.machine import Memory
-
-        return tuple(Gpu(str(number), Memory(math.nan, "accelerator")) for number in range(int(done.stdout)))
+        return tuple(Gpu(key, Memory(math.nan, "accelerator")) for key in _keys(int(done.stdout)))
     return ()
+
+
+def _keys(count: int) -> Sequence[str]:
+    """The names of as many GPUs as torch sees: those that the user has chosen, of which torch sees the first ones.
+
+    A variable that lists fewer is for other accelerators than these.
+    """
+    chosen = chosen_keys() or []
+    return chosen[:count] if len(chosen) >= count else [str(number) for number in range(count)]
 
 
 def started(config: Config, words: Sequence[str], progress: Progress) -> int | None:
@@ -72,6 +80,8 @@ def started(config: Config, words: Sequence[str], progress: Progress) -> int | N
         _check_engine(config)
     meeting = meeting_of(config.nodes, words, os.environ)
     gpus = devices(config.gpus is not None or config.nodes > 1)
+    if not gpus and (config.gpus is not None or config.nodes > 1):
+        raise _no_gpu(config, words, meeting)
     count = _count(config, gpus, progress)
     check_shares(config, count * config.nodes)
     if count * config.nodes == 1:
@@ -100,17 +110,27 @@ def _check_engine(config: LaunchFields) -> None:
         )
 
 
+def _no_gpu(config: LaunchFields, words: Sequence[str], meeting: Meeting) -> UsageError:
+    """The error for flags that start processes on GPUs, where there is no GPU; torchrun starts them on CPUs."""
+    here = config.gpus or 1
+    program = f"--nproc-per-node {here} -m gemma2.cli.main"
+    if config.nodes > 1:
+        place = f"--nnodes {config.nodes} --node-rank K --master-addr {meeting.head} --master-port {meeting.port}"
+        fix = (
+            f"to run on CPUs, start this on each machine, K = 0 .. {config.nodes - 1}: "
+            f"torchrun {place} {program} {shlex.join(words)}"
+        )
+    else:
+        fix = f"drop --gpus; torchrun {program} ... runs {here} processes on the CPU" if here > 1 else "drop --gpus"
+    asked = [f"--gpus {config.gpus}"] * (config.gpus is not None) + [f"--nodes {config.nodes}"] * (config.nodes > 1)
+    flags = " ".join(asked)
+    return UsageError(f"{flags}, and this machine has no GPU that torch can use", fix, flags.split()[0])
+
+
 def _count(config: LaunchFields, gpus: Sequence[Gpu], progress: Progress) -> int:
     """The processes on this machine. Raises UsageError for more than there are GPUs."""
     if config.gpus is None:
-        return len(gpus) if config.nodes > 1 and gpus else _as_needed(config, gpus, progress)
-    if not gpus:
-        line = f"torchrun --nproc-per-node {config.gpus} -m gemma2.cli.main ..."
-        raise UsageError(
-            f"--gpus {config.gpus}, and this machine has no GPU that torch can use",
-            f"drop --gpus; {line} runs {config.gpus} processes on the CPU" if config.gpus > 1 else "drop --gpus",
-            "--gpus",
-        )
+        return len(gpus) if config.nodes > 1 else _as_needed(config, gpus, progress)
     if config.gpus > len(gpus):
         which = f", by {CHOICE}={os.environ[CHOICE]}" if CHOICE in os.environ else ""
         raise UsageError(

@@ -16,7 +16,7 @@ alike. It takes no memory of an accelerator between evaluations, unless it is th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ from .loading import default_device
 from .lora import adapted_weights, plain_model, with_weights
 from .protocols import CausalLM, Network
 
-__all__ = ["HOST", "as_loaded", "free_cached", "frozen_dtype", "rounded_copy", "trained_weights"]
+__all__ = ["HOST", "as_loaded", "free_cached", "frozen_dtype", "rounded_copy", "trained_weights", "widening"]
 
 HOST = torch.device("cpu")
 N = TypeVar("N", bound=Network)
@@ -41,6 +41,17 @@ def frozen_dtype(asked: Dtype) -> torch.dtype:
     if asked == "auto":
         return torch.float32 if default_device().type == "cpu" else torch.bfloat16
     return torch.bfloat16 if asked == "bfloat16" else torch.float32
+
+
+def widening(trainer: Mapping[str, object], dtype: Dtype = "bfloat16", flag: str = "--dtype") -> str:
+    """Return how to change that a training computes something in fp32 and not under autocast; "" if nothing does.
+
+    trainer  its options of the Trainer, which may turn autocast off
+    dtype    of the models that it only reads without autocast, as `flag` asks for it
+    """
+    if not trainer.get("bf16", True) and not trainer.get("fp16"):
+        return "leave trainer.bf16 out"
+    return f"give {flag} bfloat16" if frozen_dtype(dtype) == torch.float32 else ""
 
 
 @contextmanager

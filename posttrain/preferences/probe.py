@@ -35,6 +35,7 @@ from .train import measure_rewards
 
 __all__ = ["fit_head", "last_states", "run_probe"]
 
+WIDE = "use --attention flex_attention"  # states are fp32: the head is fitted in fp64
 STEPS = 100  # Newton's method needs about ten
 TOLERANCE = 1e-9  # of the gradient's norm, relative to its norm at w = 0
 
@@ -46,7 +47,9 @@ def run_probe(config: ProbeConfig, options: RunOptions, progress: Progress = SIL
     """
     quiet_libraries()
     with open_run("reward probe", config, options) as run:
-        run.origin["attention"] = settle_attention(config.attention, [config.model], progress, device=default_device())
+        run.origin["attention"] = settle_attention(
+            config.attention, [config.model], progress, device=default_device(), wide=WIDE
+        )
         model, tokenizer = starting_model(config.model, config.seed, None, progress, config.attention)
         reading = Reading(config)
         training, heldout = split(reading.pairs(config.data), config.eval_fraction, config.seed)

@@ -31,6 +31,7 @@ from gemma2.posttrain.data.rows import split
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import default_device, quiet_libraries
 from gemma2.posttrain.models.lora import plain_model
+from gemma2.posttrain.models.precision import widening
 from gemma2.posttrain.models.protocols import Network, RewardNetwork
 from gemma2.posttrain.rewards.model import RewardModel
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
@@ -66,7 +67,12 @@ def run_reward(config: RewardConfig, options: RunOptions, progress: Progress = S
         if config.from_head is None and is_classifier(config.model):
             progress.note(f"{config.model} is a reward model: its head is kept and trained further")
         run.origin["attention"] = settle_attention(
-            config.attention, [config.model], progress, device=default_device(), learns=True
+            config.attention,
+            [config.model],
+            progress,
+            device=default_device(),
+            learns=True,
+            wide=widening(config.trainer),
         )
         model, tokenizer = starting_model(
             config.model, config.seed, config.from_head, progress, config.attention, config, placement

@@ -38,7 +38,7 @@ from gemma2.posttrain.evaluation.evaluate import Measurement, MeasureSettings, m
 from gemma2.posttrain.evaluation.trajectory import procedure
 from gemma2.posttrain.models.loading import default_device, quiet_libraries, save_model
 from gemma2.posttrain.models.lora import lora_config, merged_copy, plain_model, save_adapter
-from gemma2.posttrain.models.precision import as_loaded, free_cached, frozen_dtype, trained_weights
+from gemma2.posttrain.models.precision import as_loaded, free_cached, frozen_dtype, trained_weights, widening
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.models.sampler import SamplingParams
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
@@ -94,7 +94,12 @@ def run_rlhf(config: RlhfConfig, options: RunOptions, progress: Progress = SILEN
         reading = Reading(config)
         prompts, heldout = read_data(config, reading)
         run.origin["attention"] = settle_attention(
-            config.attention, [config.policy, *config.reward], progress, device=default_device(), learns=True
+            config.attention,
+            [config.policy, *config.reward],
+            progress,
+            device=default_device(),
+            learns=True,
+            wide=widening(config.trainer, config.dtype),
         )
         setup = prepare(config, prompts, micro, placement, progress)
         setup.rollout.prompts = reading.renderable(prompts, setup.rollout.chat)

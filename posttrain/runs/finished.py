@@ -19,7 +19,7 @@ from pathlib import Path
 from gemma2.core.errors import Gemma2Error
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import STATE, read_manifest, read_state
-from gemma2.core.outputs.staging import check_output, check_partial, locked, partial_path, publish
+from gemma2.core.outputs.staging import check_output, check_partial, locked, partial_path, publish, remove_tokens
 from gemma2.core.ranks import announced, join
 from gemma2.posttrain.provenance.origin import changes
 from gemma2.posttrain.provenance.output_state import broken_files
@@ -88,12 +88,13 @@ def _tidy(out: Path) -> None:
     for path in _beside(out):
         if path.is_dir() and not path.is_symlink() and not (path / STATE).exists():  # what this output has replaced
             shutil.rmtree(path)
+    remove_tokens(out)
     remove_resume_state(out)
 
 
 def _beside(out: Path) -> list[Path]:
-    """The hidden siblings of an output: its lock, partial and temporary folders."""
-    names = ("lock", "partial", "partial-old", "tmp-*")
+    """The hidden siblings of an output: its lock, partial and temporary folders, tokens of its starts."""
+    names = ("lock", "partial", "partial-old", "tmp-*", "token-*")
     return [path for name in names for path in out.parent.glob(f".{glob.escape(out.name)}.{name}")]
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CHOICE", "MAIN", "Gpu", "Memory", "free_disk", "free_memory", "visible_devices"]
+__all__ = ["CHOICE", "MAIN", "Gpu", "Memory", "chosen_keys", "free_disk", "free_memory", "visible_devices"]
 
 MAIN = "main memory"
 CGROUP = Path("/sys/fs/cgroup")
@@ -40,17 +40,29 @@ class Gpu:
 
 
 def visible_devices() -> tuple[Gpu, ...]:
-    """Return the GPUs that this process may use, in the order in which torch would number them; without torch."""
+    """Return the GPUs that this process may use, in the order in which torch would number them; without torch.
+
+    Where the driver's tool lists no GPU, numbers in CUDA_VISIBLE_DEVICES say nothing: none is returned, and only torch
+    (`launch/starting.py`) knows how many of them exist.
+    """
     present = _gpus()
-    given = os.environ.get(CHOICE)
-    if given is None:
+    keys = chosen_keys()
+    if keys is None:
         return tuple(Gpu(str(number), memory) for number, memory in enumerate(present))
+    if not present and any(key.isdigit() for key in keys):
+        return ()
     found: list[Gpu] = []
-    for key in (word.strip() for word in given.split(",")):
+    for key in keys:
         if not key or (key.isdigit() and int(key) >= len(present)) or key.startswith("-"):
             break  # CUDA sees those in front of one that does not exist
         found.append(Gpu(key, present[int(key)] if key.isdigit() else Memory(math.nan, "GPU")))
     return tuple(found)
+
+
+def chosen_keys() -> list[str] | None:
+    """Return what CUDA_VISIBLE_DEVICES lists; None where it is not set."""
+    given = os.environ.get(CHOICE)
+    return None if given is None else [word.strip() for word in given.split(",")]
 
 
 def free_memory() -> Memory:
@@ -70,16 +82,20 @@ def free_disk(place: Path) -> float:
 
 
 def _gpus() -> list[Memory]:
+    """The GPUs that the driver's tool lists; [] where it is missing, fails, or says what cannot be read."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
-    found: list[Memory] = []
     with suppress(subprocess.SubprocessError, OSError, ValueError):
         done = subprocess.run([command, *QUERY], capture_output=True, text=True, timeout=PATIENCE, check=True)
-        for line in done.stdout.splitlines():
-            name, _, free = line.rpartition(",")
-            found.append(Memory(float(free) * 2**20, name.strip()))
-    return found
+        rows = [line.rpartition(",") for line in done.stdout.splitlines()]
+        return [Memory(_bytes(free.strip()), name.strip()) for name, _, free in rows]
+    return []
+
+
+def _bytes(text: str) -> float:
+    """Bytes of a number of MiB; NaN for [N/A], which the tool says of a GPU that shares the machine's memory."""
+    return math.nan if text.startswith("[") else float(text) * 2**20
 
 
 def _container_limit() -> float:

@@ -31,7 +31,15 @@ from gemma2.core.outputs.manifest import (
     write_manifest,
 )
 from gemma2.core.outputs.safetensors_header import weight_files
-from gemma2.core.outputs.staging import add_note, check_output, check_partial, locked, partial_path, publish
+from gemma2.core.outputs.staging import (
+    add_note,
+    check_output,
+    check_partial,
+    locked,
+    partial_path,
+    publish,
+    remove_tokens,
+)
 from gemma2.core.permissions import versions_allowed
 from gemma2.core.ranks import ALONE, Ranks, announced
 from gemma2.posttrain.provenance.change import Change
@@ -50,6 +58,7 @@ from gemma2.posttrain.schemas.config import Config
 from .accelerator import accelerator_stack, precision_of
 from .live import clear_live
 from .memory_shortage import MemoryRecord, out_of_memory
+from .process_spans import processes_by_step
 from .run_options import RunOptions, RunResult
 from .together import goes_on_with_any_number
 
@@ -59,6 +68,7 @@ __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run"
 # or the log of a failed one.
 SHARDED = "fsdp"  # the strategy whose checkpoints any number of processes can read
 BEFORE = "processes_before"  # of a record while a run goes on with another number of them
+BY_STEP = "processes_by_step"  # of a record: "2, from step 4: 1"
 KEPT = (MANIFEST, f"{CHECKPOINTS}/*", "data.jsonl", f"*/*/{MANIFEST}", "*/.*.partial", "logs/*")
 
 
@@ -99,14 +109,18 @@ class Run:
         return self.path / CHECKPOINTS
 
     def goes_on_at(self, step: int) -> None:
-        """Record, for the manifest, from which checkpoint on a resumed run has another number of processes."""
+        """Record, for the manifest, with how many processes a resumed run computes its steps from `step` on.
+
+        step  of the checkpoint that it goes on from; 0 where it has none and begins again
+        """
         self.ranks.on_main(lambda: self._note_processes(step))
 
     def _note_processes(self, step: int) -> None:
         before, now_many = self.origin.pop(BEFORE, None), self.origin.get("processes", 1)
-        if before is not None:
-            said = str(self.origin.get("processes_by_step", before))
-            self.origin["processes_by_step"] = f"{said}, from step {step}: {now_many}"
+        said = self.origin.pop(BY_STEP, None)
+        if line := processes_by_step(str(said or before or now_many), step, now_many):
+            self.origin[BY_STEP] = line
+        if before is not None or self.origin.get(BY_STEP) != said:
             write_json(self.path / STATE, self.origin)
 
     def log(self, step: int, **metrics: object) -> None:
@@ -338,6 +352,7 @@ def _open(start: Start, held: ExitStack) -> tuple[JsonObject, bool]:
         "started": now(),
     }
     held.enter_context(locked(options.out))
+    remove_tokens(options.out)
     check_partial(partial_path(options.out))
     check_output(options.out, options.force)  # again: another process may have published it just before
     held.callback(_sweep, partial_path(options.out))  # before there is anything: an interrupt may come at any moment
@@ -353,8 +368,8 @@ def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
         before = read_state(partial)
         check_unchanged(before, start, partial)
         origin |= {"started": before.get("started"), **continued(start.command, start.config, before)}
-        if "processes_by_step" in before:
-            origin["processes_by_step"] = before["processes_by_step"]
+        if BY_STEP in before:
+            origin[BY_STEP] = before[BY_STEP]
         if before.get("processes", 1) != start.processes:
             origin[BEFORE] = before.get("processes", 1)
         if "continued" in origin:

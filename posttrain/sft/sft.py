@@ -33,6 +33,7 @@ from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.launch.agreement import check_shares
 from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries
 from gemma2.posttrain.models.lora import plain_model
+from gemma2.posttrain.models.precision import widening
 from gemma2.posttrain.models.protocols import CausalLM
 from gemma2.posttrain.runs.run_directory import Run, RunOptions, RunResult, open_run
 from gemma2.posttrain.schemas import RewardConfig, SftConfig
@@ -74,7 +75,13 @@ def run_sft(config: SftConfig, options: RunOptions, progress: Progress = SILENT)
     check_base(config)
     with open_run("sft", config, options, ranks=ranks, strategy=placement.strategy) as run:
         run.origin["attention"] = settle_attention(
-            config.attention, [config.model], progress, device=default_device(), learns=True, packed=config.packing
+            config.attention,
+            [config.model],
+            progress,
+            device=default_device(),
+            learns=True,
+            packed=config.packing,
+            wide=widening(config.trainer),
         )
         if placement.divides:
             model, tokenizer = placement.policy(config.model, attention=config.attention)

@@ -9,7 +9,6 @@ One process that was not asked to divide anything takes neither step: its model 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.progress import SILENT, Progress
-from gemma2.core.ranks import ALONE, Ranks, join
+from gemma2.core.ranks import ALONE, Ranks, announced_here, join
 from gemma2.merging.inputs.architecture import classifies
 from gemma2.posttrain.attention.choice import chosen_kernel
 from gemma2.posttrain.data.tokenizer import Tokenizer
@@ -148,7 +147,7 @@ def copies(config: StrategyFields, ranks: Ranks) -> int:
     Gathers then stay inside a machine. One copy over all of them where a machine has no room for one, or where they
     have unlike numbers of processes.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.size)))
+    here = announced_here()
     if here == ranks.size or any(other != here for other in ranks.gather(here)):
         return 1
     return ranks.on_main(lambda: ranks.size // here if _one_machine_has_room(config, here) else 1)

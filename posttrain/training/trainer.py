@@ -325,8 +325,8 @@ def train(trainer: Trainer, run: Run, callback: RunCallback, has_signal: Callabl
     begins = run.ranks.on_main(lambda: newest_step(run))
     trainer.add_callback(FirstSteps(callback.label, begins, has_signal, run.ranks))
     run.rewind(found[1] if found else -1)
-    if found:
-        run.goes_on_at(found[1])
+    if run.resumed:
+        run.goes_on_at(found[1] if found else 0)
     run.memory.holds = held_by(trainer) | run.memory.holds
     run.memory.advice = fitting_flags
     callback.start = Movement(trainer.model, run.ranks)  # a resumed run gets the weights of its checkpoint later

@@ -1,19 +1,24 @@
 """What is asked for runs or is refused in one line; what `auto` takes is said and recorded."""
 
 import json
+from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gemma2.core.errors import UsageError
+from gemma2.core.progress import SILENT
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.attention import choice
 from gemma2.posttrain.attention.choice import chosen_kernel, drawing_kernel, kernels_in, settle_attention
 from gemma2.posttrain.attention.kernel_check import KernelCheck, ProbeDistances
 from gemma2.posttrain.attention.kernels import installed_kernels, refuse_kernel
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.scorer import masked_states, token_logps
+from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.tiny.networks import save_random, tiny_tokenizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -121,6 +126,43 @@ def test_a_decision_is_made_once_for_an_architecture(model, tmp_path, checks):
     assert checks.seen[2:] == [("flex_attention", "bfloat16", False, False)]
 
 
+class Job(Ranks):
+    """A rank of two; the other one has decided as `other` says."""
+
+    other = ("eager", "attention: eager; flex_attention cannot run here: no compiler")
+    exchanged: ClassVar[list] = []
+
+    def gather(self, value):
+        self.exchanged.append(value)
+        return [value, [self.other] * len(value)] if self.rank == 0 else [[self.other] * len(value), value]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_are_all_eager_where_one_of_them_has_to_be(model, tmp_path, checks, monkeypatch, rank):
+    monkeypatch.setattr(choice, "_met", lambda: Job(rank, 2))
+    heard = Heard()
+    models = [model, save_random(tmp_path / "other", head_dim=4)]
+    found = settle_attention("auto", models, heard, device=CUDA, learns=True)
+    assert kernels_in(found) == "eager"
+    reason = f"{Job.other[1]} (rank {1 - rank}, so on all)"
+    assert heard.warnings == [reason] and heard.notes == []
+    assert [one["reason"] for one in found["models"].values()] == [reason] * 2
+    assert chosen_kernel("auto", model, torch.float32, CUDA) == "eager"  # what is loaded later
+
+
+def test_processes_that_decide_alike_keep_their_choice_and_exchange_nothing_where_there_is_nothing_to_decide(
+    model, checks, monkeypatch
+):
+    monkeypatch.setattr(choice, "_met", lambda: Job(0, 2))
+    monkeypatch.setattr(Job, "other", ("flex_attention", ""))
+    monkeypatch.setattr(Job, "exchanged", [])
+    assert kernels_in(settle_attention("flex_attention", [model], device=CUDA)) == "flex_attention"
+    assert kernels_in(settle_attention("auto", [model], device=CPU)) == "eager"
+    assert Job.exchanged == []
+    assert kernels_in(settle_attention("auto", [model], device=CUDA)) == "flex_attention"
+    assert Job.exchanged == [[("flex_attention", "")]]
+
+
 def test_packing_is_refused_where_auto_is_eager(model):
     with pytest.raises(UsageError, match=r"packing with eager attention .*; drop --packing"):
         settle_attention("auto", [model], device=CPU, learns=True, packed=True)
@@ -151,8 +193,8 @@ def test_flash_attention_and_fp32_do_not_go_together(monkeypatch):
 
     monkeypatch.setitem(kernels.FOUND, "flash_attention_2", lambda: True)
     refuse_kernel("flash_attention_2", CAPPED, CUDA, learns=True)
-    with pytest.raises(UsageError, match="half precision only; give --dtype bfloat16"):
-        refuse_kernel("flash_attention_2", CAPPED, CUDA, learns=False, wide=True)
+    with pytest.raises(UsageError, match="half precision only; give --dtype bfloat16, or use --attention eager"):
+        refuse_kernel("flash_attention_2", CAPPED, CUDA, learns=False, wide="give --dtype bfloat16")
     assert installed_kernels(CUDA) == ["flex_attention", "flash_attention_2"]
     assert installed_kernels(CPU) == []
 
@@ -168,6 +210,76 @@ def test_flash_attention_is_compared_under_autocast_alone(model, checks, monkeyp
     monkeypatch.setitem(kernels.FOUND, "flash_attention_2", lambda: True)
     settle_attention("flash_attention_2", [model], device=CUDA, learns=True, packed=True)
     assert checks.seen == [("flash_attention_2", "autocast", True, True)]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "dtype", "fix"),
+    [
+        ({}, "auto", ""),
+        ({}, "bfloat16", ""),
+        ({}, "float32", "give --dtype bfloat16"),
+        ({"bf16": False}, "bfloat16", "leave trainer.bf16 out"),
+        ({"bf16": False, "fp16": True}, "bfloat16", ""),
+    ],
+)
+def test_flash_attention_is_refused_where_a_training_computes_in_fp32(model, checks, monkeypatch, trainer, dtype, fix):
+    from gemma2.posttrain.attention import kernels
+    from gemma2.posttrain.models import precision
+
+    monkeypatch.setitem(kernels.FOUND, "flash_attention_2", lambda: True)
+    monkeypatch.setattr(precision, "default_device", lambda: CUDA)
+
+    def settled():
+        wide = precision.widening(trainer, dtype)
+        return settle_attention("flash_attention_2", [model], device=CUDA, learns=True, wide=wide)
+
+    if not fix:
+        assert kernels_in(settled()) == "flash_attention_2"
+        return
+    with pytest.raises(UsageError, match=f"half precision only; {fix}, or use --attention eager"):
+        settled()
+    assert checks.seen == []
+
+
+def test_a_kernel_that_trains_in_fp32_is_compared_with_its_gradients_in_both_precisions(model, checks):
+    settle_attention("flex_attention", [model], device=CUDA, learns=True, wide="leave trainer.bf16 out")
+    assert checks.seen == [("flex_attention", "autocast", True, False), ("flex_attention", "float32", True, False)]
+
+
+WIDE = {"trainer": {"bf16": False}}
+BF16, DTYPE = "leave trainer.bf16 out", "give --dtype bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "models", "data", "options", "fix"),
+    [
+        ("sft", ["model"], "data", WIDE, BF16),
+        ("reward", ["model"], "data", WIDE, BF16),
+        ("distill", ["model", "teacher"], "prompts", WIDE, BF16),
+        ("rlhf", ["policy"], "prompts", {"reward_fn": ("m:f",), **WIDE}, BF16),
+        ("rlhf", ["policy"], "prompts", {"reward_fn": ("m:f",), "dtype": "float32"}, DTYPE),
+        ("distill cache", ["teacher"], "data", {"teacher_dtype": "float32"}, "give --teacher-dtype bfloat16"),
+        ("reward probe", ["model"], "data", {}, "use --attention flex_attention"),
+    ],
+)
+def test_commands_that_compute_in_fp32_refuse_flash_attention_before_they_load_a_model(
+    model, checks, monkeypatch, tmp_path, name, models, data, options, fix
+):
+    from gemma2.posttrain.attention import kernels
+    from gemma2.posttrain.runs.commands import COMMANDS
+
+    rows = tmp_path / "rows.jsonl"
+    row = {"response": "b", "chosen": "b", "rejected": "c"}
+    rows.write_text("".join(json.dumps({"prompt": f"a{n}"} | row) + "\n" for n in range(20)), encoding="utf-8")
+    command = COMMANDS[name]
+    module = import_module(f"gemma2.posttrain.{command.module}")
+    monkeypatch.setitem(kernels.FOUND, "flash_attention_2", lambda: True)
+    monkeypatch.setattr(module, "default_device", lambda: CUDA)
+    given = {data: (rows,) if name == "sft" else rows} | dict.fromkeys(models, model)
+    config = command.schema(attention="flash_attention_2", **given, **options)
+    with pytest.raises(UsageError, match=f"half precision only; {fix}, or use --attention eager"):
+        getattr(module, command.function)(config, RunOptions(tmp_path / "out"), SILENT)
+    assert checks.seen == []
 
 
 def test_a_kernel_that_was_asked_for_and_is_wrong_ends_the_command(model, checks):

@@ -7,8 +7,11 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import warnings
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -257,6 +260,61 @@ def test_a_port_that_is_taken_is_one_line(run, monkeypatch):
         meeting = Meeting(2, 0, "localhost", taken.getsockname()[1])
         with pytest.raises(UsageError, match=r"the port localhost:\d+ of the head is taken; set PET_MASTER_PORT"):
             run_processes(Processes(("late", "late"), ("0",), meeting))
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "said"),
+    [
+        (b"SSH-2.0-OpenSSH_9.0\r\n", UsageError, "another program answers at .*; set PET_MASTER_PORT to another one"),
+        (b"", InputError, "did not meet at .*PET_MASTER_PORT is another port"),  # it closes the connection
+    ],
+)
+def test_another_program_at_the_port_of_the_head_is_one_line(run, monkeypatch, answer, kind, said):
+    monkeypatch.setattr(launcher, "WAIT", 3)
+    clients = []
+
+    def serve(other):
+        with suppress(OSError):  # the end of the test
+            while True:
+                clients.append(other.accept()[0])
+                clients[-1].sendall(answer) if answer else clients.pop().close()
+
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        server = threading.Thread(target=serve, args=(other,))
+        server.start()
+        meeting = Meeting(2, 1, "localhost", other.getsockname()[1])
+        with pytest.raises(kind, match=said) as caught:
+            run_processes(Processes(("late", "late"), ("0",), meeting))
+        other.shutdown(socket.SHUT_RDWR)
+        server.join()
+    for client in clients:
+        client.close()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [None, "INFO"])
+def test_sockets_that_wait_for_machines_write_nothing_unless_the_user_asks(given):
+    code = f"""
+import os, socket
+from gemma2.posttrain.launch import launcher
+from gemma2.posttrain.launch.nodes import Meeting
+launcher.WAIT = 1
+launcher.check_torch = lambda: __import__("torch")
+with socket.socket() as free:
+    free.bind(("localhost", 0))
+    meeting = Meeting(2, 1, "localhost", free.getsockname()[1])
+    try:
+        launcher.run_processes(launcher.Processes((), ("0",), meeting))
+    except launcher.InputError:
+        assert os.environ.get(launcher.LOG_LEVEL) == {given!r}
+        print("one line")
+"""
+    variables = os.environ | ({} if given is None else {launcher.LOG_LEVEL: given})
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == "one line\n"
+    assert bool(done.stderr) == (given is not None)
 
 
 def test_machines_that_do_not_come_are_one_line(run, monkeypatch):

@@ -1,11 +1,15 @@
 """What `--gpus` and `--nodes` come to: refused, one GPU, several processes, or nothing under torchrun."""
 
+import math
 import os
+import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
-from gemma2.core.errors import UsageError
+from gemma2.core.errors import OutputError, UsageError
+from gemma2.core.outputs.staging import locked
 from gemma2.core.progress import SILENT
 from gemma2.core.ranks import Ranks
 from gemma2.posttrain.launch import starting
@@ -44,7 +48,7 @@ class Notes:
 def alone(monkeypatch):
     """No launcher, no job."""
     for name in list(os.environ):
-        if name.startswith(("PET_", "SLURM_", "SKYPILOT_", "CUDA_VISIBLE", "RANK", "WORLD_SIZE", "LOCAL_")):
+        if name.startswith(("PET_", "SLURM_", "SKYPILOT_", "CUDA_VISIBLE", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # restored afterwards, whatever is done to it
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -106,6 +110,38 @@ def test_accelerators_that_no_tool_names_are_counted_by_torch_only_if_a_flag_ask
     assert devices(asked=True) == ()
 
 
+@pytest.mark.parametrize(
+    ("given", "seen", "keys"),
+    [
+        ("4,5", 2, "4 5"),
+        ("4,5,9", 2, "4 5"),  # torch sees those in front of one that does not exist
+        ("GPU-ab, 5", 2, "GPU-ab 5"),
+        ("0", 3, "0 1 2"),  # of accelerators that do not go by this variable
+    ],
+)
+@pytest.mark.parametrize("tool", [None, "exit 1", "echo broken"])
+def test_gpus_that_the_driver_does_not_list_keep_the_names_that_the_user_has_chosen(
+    tmp_path, monkeypatch, runs, given, seen, keys, tool
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if tool is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{tool}\n", encoding="utf-8")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setattr(starting, "COUNT", f"print({seen})")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert [gpu.key for gpu in devices(asked=True)] == keys.split()
+    assert started(sft(gpus=2), WORDS, SILENT) == 5
+    assert list(runs[0].keys) == keys.split()[:2]
+    assert started(sft(gpus=1), WORDS, SILENT) is None
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == keys.split()[0]
+
+
+def test_a_gpu_whose_free_memory_the_driver_does_not_say_is_a_gpu(tmp_path, monkeypatch):
+    gpus(tmp_path, monkeypatch, 100, "[N/A]", 300)
+    assert [gpu.key for gpu in visible_devices()] == ["0", "1", "2"]
+    assert math.isnan(visible_devices()[1].memory.free)
+
+
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +153,30 @@ def test_a_machine_without_gpus_refuses_the_flag_and_names_torchrun(monkeypatch,
     with pytest.raises(UsageError, match=r"no GPU that torch can use; drop --gpus$"):
         started(sft(gpus=1), WORDS, SILENT)
     assert started(sft(), WORDS, SILENT) is None
+    assert runs == []
+
+
+@pytest.mark.parametrize(("flags", "here"), [({"nodes": 2}, 1), ({"nodes": 2, "gpus": 4}, 4)])
+def test_machines_without_gpus_get_the_line_of_torchrun_which_leads_to_a_run(monkeypatch, runs, flags, here):
+    monkeypatch.setattr(starting, "COUNT", "print(0)")
+    monkeypatch.setenv("PET_NODE_RANK", "1")
+    monkeypatch.setenv("PET_MASTER_ADDR", "head")
+    words = [
+        "sft",
+        "--data",
+        "a b.jsonl",
+        *(word for name, value in flags.items() for word in (f"--{name}", str(value))),
+    ]
+    with pytest.raises(UsageError, match="and this machine has no GPU that torch can use; to run on CPUs") as caught:
+        started(sft(**flags), words, SILENT)
+    program, *line = shlex.split(caught.value.hint.partition(": ")[2].replace(" K ", " 1 "))
+    asked = get_args_parser().parse_args(line)
+    assert (program, asked.module, asked.training_script) == ("torchrun", True, "gemma2.cli.main")
+    assert (asked.nnodes, asked.node_rank, asked.nproc_per_node) == ("2", 1, str(here))
+    assert (asked.master_addr, asked.master_port, asked.training_script_args) == ("head", 29500, words)
+    for name, value in {"RANK": here, "WORLD_SIZE": 2 * here, "LOCAL_WORLD_SIZE": here, "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))  # as torchrun does
+    assert started(sft(**flags), words, SILENT) is None
     assert runs == []
 
 
@@ -265,3 +325,27 @@ def test_a_machine_that_does_not_see_the_output_is_named_and_the_token_removed(t
     assert list((tmp_path / "new").iterdir()) == []
     check_token(Ranks(), tmp_path / "out", "0")
     assert list(tmp_path.iterdir()) == [tmp_path / "new"]
+
+
+def test_the_token_of_a_start_that_was_killed_is_removed_by_the_next_one_and_that_of_one_at_work_stays(tmp_path):
+    left = tmp_path / ".out.token-0123456789abcdef"
+    others = [tmp_path / ".out2.token-0123456789abcdef", tmp_path / ".out.token-data"]
+    for path in (left, *others):
+        path.write_bytes(b"of a user" if path.name.endswith("data") else b"")
+    with locked(tmp_path / "out"), pytest.raises(OutputError, match="another gemma2 process is writing"):
+        check_token(Ranks(), tmp_path / "out", "0")
+    assert left.exists()
+    check_token(Ranks(), tmp_path / "out", "0")
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_token_is_looked_for_under_the_lock(tmp_path):
+    class Slow(Ranks):
+        def gather(self, value):
+            with pytest.raises(OutputError, match="another gemma2 process is writing"):
+                check_token(Ranks(), tmp_path / "out", "0")  # a second start, which must not remove the token
+            assert list(tmp_path.glob(".out.token-*"))
+            return [value]
+
+    check_token(Slow(), tmp_path / "out", "0")
+    assert list(tmp_path.iterdir()) == []

@@ -184,3 +184,14 @@ def test_rank_0_of_every_training_in_several_processes_looks_and_publishes(tmp_p
     monkeypatch.setattr(finished, "join", lambda name: met.append(name) or Pair(0, 2))
     assert publish_finished(config, RunOptions(tmp_path / "out")) == ("published" if command else None)
     assert met == ([command] if command else [])  # a command in one process is refused later: nobody is met
+
+
+def test_the_token_of_a_killed_start_is_removed_next_to_a_complete_output_and_by_the_next_run(place):
+    token = place / ".out.token-0123456789abcdef"
+    token.touch()
+    train(place, RunOptions(place / "out"))
+    assert not token.exists()
+    token.touch()
+    finished.tidy(place / "out")
+    assert not token.exists()
+    assert read_manifest(place / "out")["status"] == "complete"

@@ -9,7 +9,8 @@ from text_model import text_of, write_text_model
 
 from gemma2.core.errors import InputError, OutputError
 from gemma2.core.outputs import digests, hashing
-from gemma2.core.outputs.manifest import read_manifest, write_manifest
+from gemma2.core.outputs.manifest import read_manifest, read_state, write_manifest
+from gemma2.core.ranks import Ranks
 from gemma2.posttrain.provenance.origin import changes
 from gemma2.posttrain.runs import run_directory
 from gemma2.posttrain.runs.run_directory import RunOptions, open_run
@@ -481,3 +482,44 @@ def test_an_output_that_appears_just_before_the_lock_is_refused_before_any_work(
         pytest.fail("it has begun to work")
     assert text_of(place / "out") == "result"
     assert list(place.glob(".*")) == []
+
+
+# --- the number of processes ------------------------------------------------------------------------------------------
+
+
+class Of(Ranks):
+    """Rank 0 of several, alone."""
+
+    def on_main(self, work):
+        return work()
+
+
+def stopped(place, monkeypatch, processes, step, *, resume=True):
+    """A sharded run on a number of processes that goes on from a step, and stops; return its record."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = Settings(model=place / "model", data=place / "data.jsonl")
+    options = RunOptions(place / "out", resume=resume)
+    with pytest.raises(Stop), open_run("sft", config, options, ranks=Of(0, processes), strategy="fsdp") as run:
+        (run.checkpoints / "checkpoint-9").mkdir(parents=True, exist_ok=True)  # or one that is not whole
+        if run.resumed:
+            run.goes_on_at(step)
+        raise Stop
+    record = read_state(place / ".out.partial")
+    assert "processes_before" not in record
+    return record["processes"], record.get("processes_by_step")
+
+
+def test_the_record_has_the_processes_that_computed_each_step(place, monkeypatch):
+    assert stopped(place, monkeypatch, 2, 0, resume=False) == (2, None)
+    assert stopped(place, monkeypatch, 2, 4) == (2, None)
+    assert stopped(place, monkeypatch, 1, 4) == (1, "2, from step 4: 1")
+    assert stopped(place, monkeypatch, 1, 6) == (1, "2, from step 4: 1")
+    assert stopped(place, monkeypatch, 3, 8) == (3, "2, from step 4: 1, from step 8: 3")
+    assert stopped(place, monkeypatch, 3, 2) == (3, "2, from step 2: 3")  # the checkpoints after it were broken
+
+
+def test_a_run_that_begins_again_without_a_checkpoint_has_its_new_number_of_processes(place, monkeypatch):
+    assert stopped(place, monkeypatch, 2, 0, resume=False) == (2, None)
+    assert stopped(place, monkeypatch, 1, 0) == (1, None)
+    assert stopped(place, monkeypatch, 4, 4) == (4, "1, from step 4: 4")
+    assert stopped(place, monkeypatch, 4, 0) == (4, None)

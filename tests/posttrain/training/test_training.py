@@ -237,6 +237,19 @@ def test_a_resume_ignores_a_torn_checkpoint(tmp_path, whole):
         assert metrics_of(run) == whole[1]
 
 
+@pytest.mark.parametrize(("torn", "step"), [((), 4), (("checkpoint-4",), 2), (("checkpoint-2", "checkpoint-4"), 0)])
+def test_a_resumed_run_records_from_which_step_on_its_processes_are_those_of_now(tmp_path, monkeypatch, torn, step):
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path) as (config, run):
+        fit(config, run, Bars(5))
+    for name in torn:
+        (tmp_path / ".out.partial" / "checkpoints" / name / "optimizer.pt").write_bytes(b"torn")
+    recorded = []
+    with opened(tmp_path, resume=True) as (config, run):
+        monkeypatch.setattr(run, "goes_on_at", recorded.append)
+        fit(config, run)
+    assert recorded == [step]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_stops_before_the_update_and_before_a_save(tmp_path, bad):
     broken = [{"x": row["x"], "y": torch.tensor(bad)} for row in rows()]
