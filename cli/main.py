@@ -154,7 +154,8 @@ def _lost(error: BaseException) -> str | None:
     from gemma2.core.errors import lost_connection
     from gemma2.core.ranks import announced
 
-    words = lost_connection(error) if announced() > 1 else None
+    words = lost_connection(error)
+    words = words if words and announced() > 1 else None
     return words and f"another process of the job is gone ({words}); see what ended it, then continue with --resume"
 
 
