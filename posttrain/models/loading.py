@@ -163,10 +163,16 @@ def _check_weights(path: Path, model: PreTrainedModel) -> None:
 
 
 def load_policy(
-    path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None, attention: Attention = "eager"
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    attention: Attention = "eager",
+    computes_on: torch.device | None = None,
 ) -> tuple[CausalLM, Tokenizer]:
-    """Load a causal LM, in eval mode, and its tokenizer. `device`: by default the accelerator if there is one.
+    """Load a causal LM, in eval mode, and its tokenizer.
 
+    device       where it is kept; by default the accelerator if there is one
+    computes_on  where it is used, for which its attention is chosen, if it is kept elsewhere meanwhile
     Raises InputError if the directory is not a model, or tensors are missing, unknown or of the wrong shape; UsageError
     for an attention kernel that does not fit.
     """
@@ -174,7 +180,8 @@ def load_policy(
     if classifies(config):
         raise InputError(f"{path} is a reward model, not a language model", "give a causal LM")
     device = device or default_device()
-    model = _load(AutoModelForCausalLM, path, dtype, attention=chosen_kernel(attention, path, dtype, device))
+    kernel = chosen_kernel(attention, path, dtype, computes_on or device)
+    model = _load(AutoModelForCausalLM, path, dtype, attention=kernel)
     return model.to(device).eval(), load_tokenizer(path)
 
 

@@ -88,7 +88,9 @@ def reference_of(config: RlhfConfig, policy: CausalLM, starts_at_sft: bool) -> C
             return copy.deepcopy(policy).requires_grad_(False)
         return rounded_copy(policy, frozen_dtype(config.dtype), device)
     assert config.sft is not None
-    reference = load_policy(config.sft, frozen_dtype(config.dtype), device, config.attention)[0].requires_grad_(False)
+    dtype = frozen_dtype(config.dtype)
+    reference = load_policy(config.sft, dtype, device, config.attention, computes_on=policy.device)[0]
+    reference.requires_grad_(False)
     check_same_vocabulary(policy, reference, str(config.policy), str(config.sft))
     return reference
 

@@ -3,6 +3,7 @@
 import json
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -16,8 +17,10 @@ from gemma2.posttrain.attention import choice
 from gemma2.posttrain.attention.choice import chosen_kernel, drawing_kernel, kernels_in, settle_attention
 from gemma2.posttrain.attention.kernel_check import KernelCheck, ProbeDistances
 from gemma2.posttrain.attention.kernels import installed_kernels, refuse_kernel
+from gemma2.posttrain.models import loading
 from gemma2.posttrain.models.loading import load_policy
 from gemma2.posttrain.models.scorer import masked_states, token_logps
+from gemma2.posttrain.rl import setup
 from gemma2.posttrain.runs.run_directory import RunOptions
 from gemma2.posttrain.tiny.networks import save_random, tiny_tokenizer
 
@@ -388,3 +391,28 @@ def test_doctor_reports_every_kernel_of_the_machine(model, checks, monkeypatch):
         assert words in found.message
         assert (found.status, bool(found.fix)) == (status, status != "ok")
     assert checks.seen == [("flex_attention", "autocast", True, True)] * 3
+
+
+def test_a_model_that_waits_on_the_host_has_the_kernel_of_where_it_computes(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        loading, "chosen_kernel", lambda asked_for, path, dtype, device: asked.append(device) or "eager"
+    )
+    loaded, _ = load_policy(model, device=CPU, attention="flex_attention", computes_on=CUDA)
+    assert (asked, loaded.device) == ([CUDA], CPU)
+
+
+def test_the_reference_of_rl_waits_on_the_host_and_has_the_kernel_of_the_policys_device(monkeypatch):
+    loads = []
+
+    def load(path, dtype, device, attention, computes_on):
+        loads.append((device, computes_on))
+        return torch.nn.Linear(1, 1), None
+
+    monkeypatch.setattr(setup, "load_policy", load)
+    monkeypatch.setattr(setup, "check_same_vocabulary", lambda *_: None)
+    policy = SimpleNamespace(device=CUDA)
+    for anchor in ("ema", "sft"):  # where the anchor is the SFT policy every step needs it
+        config = SimpleNamespace(anchor=anchor, sft=Path("sft"), policy=Path("p"), dtype="auto", attention="auto")
+        setup.reference_of(config, policy, starts_at_sft=False)
+    assert loads == [(CPU, CUDA), (CUDA, CUDA)]
