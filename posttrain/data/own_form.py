@@ -13,7 +13,7 @@ from gemma2.core.outputs.text_file import write_text
 
 from .reading import Reading, RowOptions
 from .rows import Conversation, Pair, Prompt, conversation_of, prompt_of
-from .shapes.recognise import LISTS, conversation_shape, present, prompt_shape
+from .shapes.recognise import LISTS, Ambiguous, conversation_shape, present, prompt_shape
 from .sources import ColumnNames, Row, data_files, to_line
 
 __all__ = ["Kind", "check_converted", "convert_rows", "kind_of_rows", "own_form", "plan_reading", "rows_of_kind"]
@@ -32,6 +32,8 @@ def kind_of_rows(path: Path, reading: Reading) -> Kind:
             return "pairs"
         try:
             turns = conversation_shape(row, reading.ignored).turns
+        except Ambiguous:
+            return "conversations"  # which is then refused with what to choose, as training refuses it
         except InputError:
             return "prompts" if _has_a_prompt(row) else "conversations"
         return "prompts" if turns.messages[-1]["role"] == "user" else "conversations"
@@ -142,9 +144,10 @@ def _asked(row: Row, ignored: Collection[str]) -> Prompt:
     """The prompt of a row: its own, or what stands in front of the last model turn of its conversation."""
     if not set(LISTS) & present(row).keys():
         return prompt_of(row, ignored)
-    found = conversation_of(row, ignored, empty=True)
+    sides = {name: row.columns[name] for name in ("chosen", "rejected") if name in row.columns}
+    found = conversation_of(Row(row.where, row.extra(*sides)), ignored, empty=True)  # the prompt of a pair is one too
     end = len(found.messages) - 1 if found.messages[-1]["role"] == "assistant" else len(found.messages)
-    return Prompt(row.where, found.messages[:end], found.extra, found.shape, found.notes)
+    return Prompt(row.where, found.messages[:end], found.extra | sides, found.shape, found.notes)
 
 
 def _with_values(row: Row, names: Collection[str]) -> Row:
