@@ -24,7 +24,7 @@ from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.progress import Progress
 
 from .rows import Conversation, Pair, Prompt, conversation_of, pair_of, prompt_of
-from .shapes.turns import SKIP_HINT, UnknownKeys, unknown_hint
+from .shapes.turns import SKIP_HINT, IgnoredKeys, UnknownKeys, unknown_hint
 from .sources import ColumnNames, Row, RowSample, find_files, iter_rows, to_line
 
 if TYPE_CHECKING:
@@ -75,14 +75,17 @@ Read = TypeVar("Read", Prompt, Conversation, Pair)
 
 
 class Reading:
-    """The reading of all data sets of one command. Raises UsageError for `--columns` without both names."""
+    """The reading of all data sets of one command.
+
+    Raises UsageError for `--columns` or `--ignore-keys` that cannot be meant.
+    """
 
     def __init__(
         self, options: RowOptions, change: Callable[[Row], Row] | None = None, sample: RowSample | None = None
     ) -> None:
         self._change = change  # applied to each row before it is read
         self._sample = sample  # reads a part of large files, for checks
-        self.ignored = frozenset(options.ignore_keys)
+        self.ignored = IgnoredKeys(options.ignore_keys)
         self.skips = options.on_bad_row == "skip"
         self._columns = options.columns
         self._names = ColumnNames(options.columns)
@@ -176,12 +179,19 @@ class Reading:
         """Raise InputError for a column of `--columns` that no row had. Call it when everything is read."""
         self._names.check(", ".join(map(str, self.tallies)))
 
+    def keys_without_use(self) -> list[str]:
+        """The keys of `--ignore-keys` that no message had, once everything is read."""
+        is_read = any(tally.shapes for tally in self.tallies.values())  # and not by another process, as in filter
+        return sorted(self.ignored - self.ignored.used) if is_read else []
+
     def report(self, progress: Progress, folder: Path | None = None, carried: bool = False) -> JsonObject:
         """Tell what was not read, write the rows that were left out to `folder`; the counts for the manifest.
 
         carried  the other columns of the rows go into the output, so that they need no mention
         """
         self.check_columns()
+        for key in self.keys_without_use():
+            progress.warn(f"--ignore-keys {key}: no message that was read has this key")
         counts: JsonObject = {}
         if carried:
             for tally in self.tallies.values():
