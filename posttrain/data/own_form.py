@@ -177,7 +177,7 @@ def _without_nan(row: JsonObject, nulls: Counter[str]) -> JsonObject:
 
 
 def _finite(value: object) -> object:
-    """A value with null for numbers that are not finite; the same object where there are none."""
+    """A value with null for numbers that are not finite; the same object if all of them are."""
     if isinstance(value, float):
         return value if isfinite(value) else None
     if isinstance(value, dict):
