@@ -192,6 +192,7 @@ def _overview(found: JsonMapping) -> dict[str, object]:
         measure: _counts(found.get(measure, {})),
         "of several lines": found["records_of_several_lines"] or None,
         "not read": ", ".join(found["unread_files"]) or None,
+        "keys not read": ", ".join(found["unread_keys"]) or None,
         "columns not read": _counts(found["unread_columns"]),
         "note": _counts(found["notes"]),
         "--ignore-keys that no message has": ", ".join(found["ignored_keys_without_use"]) or None,

@@ -20,7 +20,7 @@ from gemma2.posttrain.data.examples import example_of, refuse_overlong
 from gemma2.posttrain.data.own_form import Kind, kind_of_rows, rows_of_kind
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, Pair, Prompt
-from gemma2.posttrain.data.sources import RowSample, count_rows, data_files
+from gemma2.posttrain.data.sources import RowSample, count_rows, data_files, no_rows
 from gemma2.posttrain.evaluation.built_in.documents import each_document, is_one_text
 from gemma2.posttrain.evaluation.built_in.question_rows import each_choice_row, each_question
 from gemma2.posttrain.runs.inputs import paths_of
@@ -300,7 +300,7 @@ def _require_some(found: RowsFound, reading: Reading, task: RowsToRead) -> None:
     """Refuse a data set of which nothing would be left."""
     path = found.path
     if found.rows == 0:
-        raise InputError(f"{path} has no rows", "write one JSON object per line")
+        raise no_rows(path)
     if not found.is_whole:
         return
     if found.skipped == found.rows:

@@ -19,7 +19,7 @@ from .files.folders import COMPRESSED, SUFFIXES
 from .reading import Reading, RowOptions
 from .rows import Conversation, Pair, Prompt, conversation_of, prompt_of
 from .shapes.recognise import LISTS, Ambiguous, conversation_shape, present, prompt_shape
-from .sources import ColumnNames, Row, data_files, to_line
+from .sources import ColumnNames, Row, data_files, no_rows, to_line
 
 __all__ = ["Kind", "check_converted", "convert_rows", "kind_of_rows", "own_form", "plan_reading", "rows_of_kind"]
 
@@ -44,7 +44,7 @@ def kind_of_rows(path: Path, reading: Reading) -> Kind:
         return "prompts" if turns.messages[-1]["role"] == "user" else "conversations"
     if reading.skipped:
         raise InputError(f"no row of {path} can be read, the first: {reading.first_error()}", "see docs/data.md")
-    raise InputError(f"{path} has no rows", "write one JSON object per line")
+    raise no_rows(path)
 
 
 def _has_a_prompt(row: Row) -> bool:

@@ -75,6 +75,7 @@ def survey(
         "errors": [{"rows": len(places), "first": places[:PLACES], "error": error} for error, places in kinds],
         "messages": dict(sorted(turns.items())),
         "unread_files": tally.aside,
+        "unread_keys": dict(tally.keys),
         "unread_columns": dict(tally.unread),
         "notes": dict(tally.notes),
         "ignored_keys_without_use": reading.keys_without_use(),
