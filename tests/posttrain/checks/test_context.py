@@ -8,10 +8,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+from transformers import tokenization_utils_base
 
 from gemma2.cli.app import invoke
 from gemma2.core.errors import InputError
+from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.examples import context_of, longer_hint
+from gemma2.posttrain.data.load_tokenizer import load_light_tokenizer
 from gemma2.posttrain.data.sources import to_line
 from gemma2.posttrain.tiny.networks import save_random
 
@@ -68,8 +71,19 @@ def test_the_advice_for_long_rows_leads_to_a_run_and_counts_what_it_says(place, 
     advised = re.search(r"raise it: --max-length (\d+)", str(caught.value))
     assert advised and 24 < int(advised[1]) <= CONTEXT
     assert invoke([*line, "--max-length", advised[1]]) == 0
-    said = capfd.readouterr().err
-    assert "1 of 3 rows" in said and "Token indices" not in said
+    assert "1 of 3 rows" in capfd.readouterr().err
+
+
+def test_the_library_does_not_warn_of_a_row_whose_length_is_checked(place, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda text, *rest: said.append(text))
+    tokenizer = load_light_tokenizer(place / "m")
+    assert tokenizer is not None and tokenizer.model_max_length == CONTEXT
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 2 * CONTEXT}]
+    assert len(ChatFormat(tokenizer).example(messages)[0]) > CONTEXT
+    assert said == []
+    tokenizer("b " * 2 * CONTEXT)  # which it does of others
+    assert len(said) == 1
 
 
 def test_rows_that_no_context_holds_are_to_be_shortened(place):
