@@ -31,6 +31,8 @@ app = typer.Typer(
     help="Inspect data files before training on them, convert them.",
 )
 
+ERRORS = 5  # kinds of bad rows that a person is shown
+
 DataPath = typer.Argument(
     metavar="PATH",
     help="File, folder, folder@SPLIT, output, or hub data set.",
@@ -88,10 +90,11 @@ def inspect(
 
 def _show(found: JsonMapping, console: Console) -> None:
     console.result(_overview(found))
-    for error in found["errors"]:
-        console.text(f"\nbad rows ({error['rows']}): {error['error']}")
-    if found["further_errors"]:
-        console.text(f"\nand {found['further_errors']} more kinds of bad rows")
+    for error in found["errors"][:ERRORS]:
+        more = ", ..." if error["rows"] > len(error["first"]) else ""
+        console.text(f"\nbad rows ({error['rows']}): {error['error']}\n{', '.join(error['first'])}{more}")
+    if (further := len(found["errors"]) - ERRORS) > 0:
+        console.text(f"\nand {further} more kinds of bad rows: --json lists them all")
     for row in found["rendered"]:
         silent = ", ".join(str(index + 1) for index in row["not_learned"])
         console.text(f"\n{row['where']}{f' (not learned: message {silent})' if silent else ''}\n{row['text']}")
@@ -189,8 +192,10 @@ def _overview(found: JsonMapping) -> dict[str, object]:
         measure: _counts(found.get(measure, {})),
         "of several lines": found["records_of_several_lines"] or None,
         "not read": ", ".join(found["unread_files"]) or None,
+        "keys not read": ", ".join(found["unread_keys"]) or None,
         "columns not read": _counts(found["unread_columns"]),
         "note": _counts(found["notes"]),
+        "--ignore-keys that no message has": ", ".join(found["ignored_keys_without_use"]) or None,
     }
 
 

@@ -16,11 +16,11 @@ from typing import Any, Literal
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonObject
 from gemma2.posttrain.data.chat import ChatFormat, EndOfTurn
-from gemma2.posttrain.data.examples import example_of, refuse_overlong
+from gemma2.posttrain.data.examples import context_of, example_of, longer_hint, refuse_overlong
 from gemma2.posttrain.data.own_form import Kind, kind_of_rows, rows_of_kind
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Conversation, Pair, Prompt
-from gemma2.posttrain.data.sources import RowSample, count_rows, data_files
+from gemma2.posttrain.data.sources import RowSample, count_rows, data_files, no_rows
 from gemma2.posttrain.evaluation.built_in.documents import each_document, is_one_text
 from gemma2.posttrain.evaluation.built_in.question_rows import each_choice_row, each_question
 from gemma2.posttrain.runs.inputs import paths_of
@@ -280,7 +280,7 @@ def _ids(row: Prompt | Conversation | Pair, chat: ChatFormat | None, limits: Lim
         ]
     if limits is not None:
         ids = example_of(row, chat, limits).ids
-        refuse_overlong(row, len(ids), limits)
+        refuse_overlong(row, len(ids), limits, chat)
         return [ids]
     return [chat.example(row.messages, "eot", row.truncated, row.unlearned)[0]]
 
@@ -300,7 +300,7 @@ def _require_some(found: RowsFound, reading: Reading, task: RowsToRead) -> None:
     """Refuse a data set of which nothing would be left."""
     path = found.path
     if found.rows == 0:
-        raise InputError(f"{path} has no rows", "write one JSON object per line")
+        raise no_rows(path)
     if not found.is_whole:
         return
     if found.skipped == found.rows:
@@ -311,5 +311,5 @@ def _require_some(found: RowsFound, reading: Reading, task: RowsToRead) -> None:
         shortest = min(found.lengths)
         raise InputError(
             f"every row of {path} is longer than --max-length {found.limit}, the shortest has {shortest} tokens",
-            f"raise it: --max-length {max(found.lengths)}",
+            longer_hint(found.lengths, None if task.model is None else context_of(task.model)),
         )

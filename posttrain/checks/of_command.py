@@ -15,6 +15,7 @@ from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.training.tracking import check_tracking
 from gemma2.posttrain.training.trainer_options import check_trainer_options
 
+from .context import check_context
 from .data_rows import RowsFound, RowsToRead, read_rows, rows_to_read
 from .front_checks import check_fronts
 from .kinds import Input, check_kinds
@@ -52,6 +53,7 @@ class CommandChecks:
         check_trainer_options(config)
         check_tracking(getattr(config, "report_to", ()))
         check_tokenizers(config, models)
+        check_context(config)
         return models
 
     def contents(self, config: Config, models: Sequence[Input]) -> list[RowsFound]:

@@ -247,9 +247,9 @@ class ChatFormat:
         """Ids and target mask of the pieces."""
         runs = _join(pieces)
         texts = [run.text for run in runs if run.control is None]
-        encoded = iter(
-            self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else ()
-        )
+        # Commands check lengths themselves: verbose would warn of indexing errors for a row that is dropped.
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        encoded = iter(self.tokenizer(texts, **options)["input_ids"] if texts else ())
         ids: list[int] = []
         mask: list[bool] = []
         for run in runs:

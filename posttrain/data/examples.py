@@ -1,23 +1,26 @@
 """Rows to token ids and loss masks, and what becomes of rows over the length limit.
 
 A row that is cut ends in the middle: what is left of its model turns is learned, an end of turn that was cut away is
-not. Every row that is cut or dropped is listed with its file and line.
+not. Every row that is cut or dropped is listed with its file and line. No advice exceeds the context of the model,
+the most positions that it was made for.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gemma2.core.errors import InputError
+from gemma2.core.json_files import load_json
 from gemma2.core.progress import Progress
 
 from .chat import ChatFormat, EndOfTurn
 from .reading import Reading
 from .rows import Conversation
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +31,9 @@ __all__ = [
     "Example",
     "Overlong",
     "RowLimits",
+    "context_of",
     "example_of",
+    "longer_hint",
     "refuse_overlong",
     "report_overlong",
     "to_dataset",
@@ -99,9 +104,11 @@ class Overlong:
 
 
 def tokenise(
-    rows: Sequence[Conversation], chat: ChatFormat, config: RowLimits, reading: Reading
+    rows: Sequence[Conversation], chat: ChatFormat, config: RowLimits, reading: Reading, what: str = "rows"
 ) -> tuple[list[Example], Overlong]:
     """Render and mask every row; rows over `config.max_length` are handled as `config.on_overlong` says.
+
+    what  the rows are called in an error
 
     Raises InputError with file and line for a row that is too long under `error`, and for one that the chat template
     refuses, unless `reading` skips bad rows.
@@ -116,7 +123,7 @@ def tokenise(
             continue
         tokens = len(example.ids)
         if tokens > config.max_length:
-            refuse_overlong(row, tokens, config)
+            refuse_overlong(row, tokens, config, chat)
             example = Example(example.ids[: config.max_length], example.mask[: config.max_length])
             dropped = config.on_overlong == "drop" or not any(example.mask)
             overlong.append(Cut(row.where, tokens, 0 if dropped else config.max_length))
@@ -126,16 +133,17 @@ def tokenise(
     if rows and not examples and not overlong:
         raise InputError(f"none of {len(rows)} rows can be learned", "see docs/data.md for what is read")
     if rows and not examples:
-        what = f"all {len(rows)} rows are longer than --max-length {config.max_length}"
-        raise InputError(what, f"raise it: --max-length {max(cut.tokens for cut in overlong)}")
+        fault = f"all {len(rows)} {what} are longer than --max-length {config.max_length}"
+        raise InputError(fault, longer_hint([cut.tokens for cut in overlong], _positions_behind(chat.tokenizer)))
     return examples, Overlong(tuple(overlong))
 
 
-def refuse_overlong(row: Conversation, tokens: int, config: RowLimits) -> None:
+def refuse_overlong(row: Conversation, tokens: int, config: RowLimits, chat: ChatFormat) -> None:
     """Raise InputError for a row above the limit where `config.on_overlong` says so."""
     if config.on_overlong == "error" and tokens > config.max_length:
         what = f"{row.where}: {tokens} tokens, more than --max-length {config.max_length}"
-        raise InputError(what, f"raise it, as in --max-length {tokens}, or choose --on-overlong drop")
+        hint = longer_hint([tokens], _positions_behind(chat.tokenizer))
+        raise InputError(what, f"{hint}, or choose --on-overlong drop")
 
 
 def example_of(row: Conversation, chat: ChatFormat, config: RowLimits) -> Example:
@@ -144,6 +152,33 @@ def example_of(row: Conversation, chat: ChatFormat, config: RowLimits) -> Exampl
     if not any(mask):
         raise InputError("no turn of the row is learned", "remove it, or give one turn the weight 1")
     return Example(ids, mask)
+
+
+def context_of(model: Path) -> int | None:
+    """`max_position_embeddings` of a model directory; None for another folder, and for a model without a limit."""
+    try:
+        config = load_json(model / "config.json")
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict):
+        return None
+    inner = config.get("text_config")  # of a model with a vision tower
+    found = (inner if isinstance(inner, dict) else config).get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _positions_behind(tokenizer: Tokenizer) -> int | None:
+    """The context of the model whose directory a tokenizer was loaded from."""
+    place = getattr(tokenizer, "name_or_path", "")  # empty for one that was made in memory
+    return context_of(Path(place)) if place else None
+
+
+def longer_hint(tokens: Iterable[int], context: int | None) -> str:
+    """What to do about rows of these lengths, all above --max-length: the limit that takes most of them."""
+    fitting = [length for length in tokens if context is None or length <= context]
+    if fitting:
+        return f"raise it: --max-length {max(fitting)}"
+    return f"shorten the rows: the model's context is {context}"
 
 
 def report_overlong(overlong: Overlong, total: int, config: RowLimits, progress: Progress, what: str = "rows") -> None:

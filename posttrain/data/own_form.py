@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Collection, Iterator
+from itertools import chain, count
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
 from gemma2.core.errors import InputError, OutputError
 from gemma2.core.json_files import JsonObject, parse_json
 from gemma2.core.outputs.text_file import write_text
+from gemma2.core.yaml_files import closest
 
+from .files.folders import COMPRESSED, SUFFIXES
 from .reading import Reading, RowOptions
 from .rows import Conversation, Pair, Prompt, conversation_of, prompt_of
-from .shapes.recognise import LISTS, conversation_shape, present, prompt_shape
-from .sources import ColumnNames, Row, data_files, to_line
+from .shapes.recognise import LISTS, Ambiguous, conversation_shape, present, prompt_shape
+from .sources import ColumnNames, Row, data_files, no_rows, to_line
 
 __all__ = ["Kind", "check_converted", "convert_rows", "kind_of_rows", "own_form", "plan_reading", "rows_of_kind"]
 
@@ -32,12 +37,14 @@ def kind_of_rows(path: Path, reading: Reading) -> Kind:
             return "pairs"
         try:
             turns = conversation_shape(row, reading.ignored).turns
+        except Ambiguous:
+            return "conversations"  # which is then refused with what to choose, as training refuses it
         except InputError:
             return "prompts" if _has_a_prompt(row) else "conversations"
         return "prompts" if turns.messages[-1]["role"] == "user" else "conversations"
     if reading.skipped:
         raise InputError(f"no row of {path} can be read, the first: {reading.first_error()}", "see docs/data.md")
-    raise InputError(f"{path} has no rows", "write one JSON object per line")
+    raise no_rows(path)
 
 
 def _has_a_prompt(row: Row) -> bool:
@@ -89,7 +96,16 @@ def check_converted(path: Path, out: Path, force: bool = False) -> None:
     if any(out.resolve() == file.resolve() for file in data_files(path)):
         raise OutputError(f"--out {out} and the data {path} overlap", "choose another --out")
     if out.suffix != ".jsonl":
-        raise InputError(f"--out {out} is not a .jsonl file", f"write to {out.with_suffix('.jsonl')}")
+        raise InputError(f"--out {out} is not a .jsonl file", f"write to {_plain_lines(out)}")
+
+
+def _plain_lines(out: Path) -> Path:
+    """A free name for JSON lines, near to the one that was given."""
+    base = out.with_suffix("") if out.suffix.lower() in COMPRESSED else out
+    base = base.with_suffix("") if base.suffix.lower() in SUFFIXES else base
+    endings = chain(("", "-converted"), (f"-{number}" for number in count(2)))
+    named = (base.with_name(f"{base.name}{ending}.jsonl") for ending in endings)
+    return next(path for path in named if not path.exists())
 
 
 def plan_reading(path: Path, options: RowOptions, kind: Kind | None = None) -> JsonObject:
@@ -124,27 +140,63 @@ def convert_rows(
     check_converted(path, out, force)
     theirs = ColumnNames(options.columns).theirs
     parsed = {*parse_json, *(ours for ours, name in theirs.items() if name in parse_json)}
-    reading = Reading(options, lambda row: _with_values(row, parsed))
+    present_names: set[str] = set()
+
+    def with_values(row: Row) -> Row:
+        present_names.update(row.columns)
+        return _with_values(row, parsed)
+
+    reading = Reading(options, with_values)
     kind = to or kind_of_rows(path, reading)
     rows: Iterator[Prompt | Conversation | Pair]
     if to == "prompts":
         rows = reading.each(path, lambda row: _asked(row, reading.ignored))
     else:
         rows = rows_of_kind(path, kind, reading)
-    lines = [to_line(own_form(row)) for row in rows]
+    nulls: Counter[str] = Counter()
+    lines = [to_line(_without_nan(own_form(row), nulls)) for row in rows]
+    reading.check_columns()  # before anything is written
     if not lines:
         raise InputError(f"no row of {path} can be converted", reading.first_error() or "give a file with rows")
+    for name in parse_json:
+        if not {name, *(ours for ours, their in theirs.items() if their == name)} & present_names:
+            raise InputError(f"--parse-json: no row of {path} has a column {name!r}", closest(name, present_names))
+    counts: JsonObject = {"rows": len(lines), "kind": kind} | ({"nan_as_null": dict(nulls)} if nulls else {})
     write_text(out, b"".join(lines).decode())
-    return {"rows": len(lines), "kind": kind}, reading
+    return counts, reading
+
+
+def _without_nan(row: JsonObject, nulls: Counter[str]) -> JsonObject:
+    """The row with null for NaN and infinity, which JSON does not have; the columns are counted in `nulls`."""
+    found: JsonObject = {}
+    for name, value in row.items():
+        found[name] = _finite(value)
+        if found[name] is not value:
+            nulls[name] += 1
+    return found
+
+
+def _finite(value: object) -> object:
+    """A value with null for numbers that are not finite; the same object if all of them are."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        inside = {key: _finite(item) for key, item in value.items()}
+        return inside if any(inside[key] is not item for key, item in value.items()) else value
+    if isinstance(value, list):
+        items = [_finite(item) for item in value]
+        return items if any(new is not old for new, old in zip(items, value, strict=True)) else value
+    return value
 
 
 def _asked(row: Row, ignored: Collection[str]) -> Prompt:
     """The prompt of a row: its own, or what stands in front of the last model turn of its conversation."""
     if not set(LISTS) & present(row).keys():
         return prompt_of(row, ignored)
-    found = conversation_of(row, ignored, empty=True)
+    sides = {name: row.columns[name] for name in ("chosen", "rejected") if name in row.columns}
+    found = conversation_of(Row(row.where, row.extra(*sides)), ignored, empty=True)  # the prompt of a pair is one too
     end = len(found.messages) - 1 if found.messages[-1]["role"] == "assistant" else len(found.messages)
-    return Prompt(row.where, found.messages[:end], found.extra, found.shape, found.notes)
+    return Prompt(row.where, found.messages[:end], found.extra | sides, found.shape, found.notes)
 
 
 def _with_values(row: Row, names: Collection[str]) -> Row:

@@ -24,8 +24,8 @@ from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.progress import Progress
 
 from .rows import Conversation, Pair, Prompt, conversation_of, pair_of, prompt_of
-from .shapes.turns import SKIP_HINT, UnknownKeys, unknown_hint
-from .sources import ColumnNames, Row, RowSample, find_files, iter_rows, to_line
+from .shapes.turns import SKIP_HINT, IgnoredKeys, UnknownKeys, unknown_hint
+from .sources import ColumnNames, Row, RowSample, find_files, iter_rows, no_rows, to_line
 
 if TYPE_CHECKING:
     from .chat import ChatFormat  # imports transformers
@@ -60,6 +60,9 @@ class Tally:
     unread: Counter[str] = field(default_factory=Counter)  # columns that nothing reads, and in how many rows
     notes: Counter[str] = field(default_factory=Counter)
     aside: list[str] = field(default_factory=list)  # files of a folder that are not read
+    keys: Counter[str] = field(
+        default_factory=Counter
+    )  # keys next to the rows of a JSON document, and in how many files
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,17 @@ Read = TypeVar("Read", Prompt, Conversation, Pair)
 
 
 class Reading:
-    """The reading of all data sets of one command. Raises UsageError for `--columns` without both names."""
+    """The reading of all data sets of one command.
+
+    Raises UsageError for `--columns` or `--ignore-keys` that cannot be meant.
+    """
 
     def __init__(
         self, options: RowOptions, change: Callable[[Row], Row] | None = None, sample: RowSample | None = None
     ) -> None:
         self._change = change  # applied to each row before it is read
         self._sample = sample  # reads a part of large files, for checks
-        self.ignored = frozenset(options.ignore_keys)
+        self.ignored = IgnoredKeys(options.ignore_keys)
         self.skips = options.on_bad_row == "skip"
         self._columns = options.columns
         self._names = ColumnNames(options.columns)
@@ -121,6 +127,7 @@ class Reading:
         """The rows as they stand in the files, under the names of `--columns`."""
         self.tallies[path] = Tally(aside=find_files(path).aside)
         for row in iter_rows(path, limit, self._unreadable if self.skips else None, self._names, self._sample):
+            self.tallies[path].keys.update(row.aside)
             yield row if self._change is None else self._change(row)
 
     def each(self, path: Path, parse: Callable[[Row], Read]) -> Iterator[Read]:
@@ -176,12 +183,19 @@ class Reading:
         """Raise InputError for a column of `--columns` that no row had. Call it when everything is read."""
         self._names.check(", ".join(map(str, self.tallies)))
 
+    def keys_without_use(self) -> list[str]:
+        """The keys of `--ignore-keys` that no message had, once everything is read."""
+        is_read = any(tally.shapes for tally in self.tallies.values())  # and not by another process, as in filter
+        return sorted(self.ignored - self.ignored.used) if is_read else []
+
     def report(self, progress: Progress, folder: Path | None = None, carried: bool = False) -> JsonObject:
         """Tell what was not read, write the rows that were left out to `folder`; the counts for the manifest.
 
         carried  the other columns of the rows go into the output, so that they need no mention
         """
         self.check_columns()
+        for key in self.keys_without_use():
+            progress.warn(f"--ignore-keys {key}: no message that was read has this key")
         counts: JsonObject = {}
         if carried:
             for tally in self.tallies.values():
@@ -195,6 +209,9 @@ class Reading:
         aside = [f"{path}/{name}" for path, tally in self.tallies.items() for name in tally.aside]
         if aside:
             counts["unread_files"] = aside
+        keys = sum((tally.keys for tally in self.tallies.values()), Counter())
+        if keys:
+            counts["unread_keys"] = dict(keys)
         if self.skipped:
             listed = f" (all in {SKIPPED})" if folder is not None else ""
             files = Counter(where.rpartition(":")[0] for where in self.skipped)
@@ -212,6 +229,8 @@ class Reading:
         """What is worth a line: words, and what they are about."""
         if tally.aside:
             yield "not read:", tally.aside
+        if tally.keys:
+            yield "keys next to the rows that are not read:", list(tally.keys)
         if tally.unread:
             yield "columns that are not read:", [f"{name} ({count} rows)" for name, count in tally.unread.items()]
         for note, count in tally.notes.items():
@@ -232,7 +251,7 @@ class Reading:
         if self.skipped:
             what = f"no row of {path} can be used, the first: {self.first_error()}"
             raise InputError(what, "see docs/data.md for what is read")
-        raise InputError(f"{path} has no rows", "write one JSON object per line")
+        raise no_rows(path)
 
     def _unreadable(self, error: InputError, row: Row) -> None:
         self.skip(error, row.where, row.columns)

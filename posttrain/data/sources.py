@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gemma2.core.errors import InputError
 
-from .files.folders import FolderFiles, all_files_inside, files_inside
+from .files.folders import FolderFiles, all_files_inside, files_inside, format_of
 from .files.formats import count_in, rows_in
 from .files.hub_sets import from_hub, is_hub_set
 from .files.row import ColumnNames, OnBad, Row, kind
@@ -36,6 +36,7 @@ __all__ = [
     "find_files",
     "iter_rows",
     "kind",
+    "no_rows",
     "rows_of",
     "to_line",
 ]
@@ -92,12 +93,26 @@ def iter_rows(
     files = data_files(path)
     rows = (row for file in files for row in rows_in(file, on_bad)) if sample is None else sample.rows(files, on_bad)
     for row in islice(rows, limit):
-        yield row if columns is None else Row(row.where, columns.apply(row.columns))
+        yield row if columns is None else Row(row.where, columns.apply(row.columns), row.aside)
 
 
 def count_rows(path: Path) -> int:
     """Rows behind a data path. Raises InputError when the path holds none."""
     rows = sum(count_in(file) for file in data_files(path))
     if rows == 0:
-        raise InputError(f"{path} has no rows", "write one JSON object per line")
+        raise no_rows(path)
     return rows
+
+
+def no_rows(path: Path) -> InputError:
+    """The error for a data path without rows, with what a row is in its format."""
+    formats = {format_of(file) for file in data_files(path)}
+    if formats <= {".csv", ".tsv"}:
+        hint = "write a line with the names of its columns, as in prompt,completion, and a row on each line below"
+    elif formats <= {".txt"}:
+        hint = "write one prompt per line"
+    elif formats <= {".parquet", ".arrow"}:
+        hint = "write its rows again, or give a file that has some"
+    else:
+        hint = "write one JSON object per line"
+    return InputError(f"{path} has no rows", hint)

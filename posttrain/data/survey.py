@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["survey"]
 
 SEVERAL_LINES = re.compile(r":\d+-\d+$")  # the place of such a record of a table
-ERRORS = 5  # kinds of bad rows that are listed
+PLACES = 3  # bad rows of one kind that are named
 
 
 def survey(
@@ -33,7 +33,7 @@ def survey(
 
     chat  renders and measures in tokens; without it Gemma's turns are shown and lengths are in characters
 
-    Raises InputError for a path without rows.
+    Raises InputError for a path without rows, and for a column of `--columns` that no row has.
     """
     kind = kind or kind_of_rows(path, Reading(options))
     long = 0
@@ -58,8 +58,12 @@ def survey(
         if len(rendered) < shown:
             silent = sorted(row.masked) if isinstance(row, Conversation) else []
             rendered.append({"where": row.where, "text": text, "not_learned": silent})
+    reading.check_columns()
     tally = reading.tallies[path]
-    errors = Counter(f"{_without_place(row.error, where)}; {row.hint}" for where, row in reading.skipped.items())
+    errors: defaultdict[str, list[str]] = defaultdict(list)
+    for where, bad in reading.skipped.items():
+        errors[f"{_without_place(bad.error, where)}; {bad.hint}"].append(where)
+    kinds = sorted(errors.items(), key=lambda found: -len(found[1]))
     found: JsonObject = {
         "path": str(path),
         "files": [str(file) for file in data_files(path)],
@@ -68,12 +72,13 @@ def survey(
         "rows": len(lengths),
         "bad_rows": len(reading.skipped),
         "first_error": reading.first_error(),
-        "further_errors": max(0, len(errors) - ERRORS),
-        "errors": [{"rows": count, "error": error} for error, count in errors.most_common(ERRORS)],
+        "errors": [{"rows": len(places), "first": places[:PLACES], "error": error} for error, places in kinds],
         "messages": dict(sorted(turns.items())),
         "unread_files": tally.aside,
+        "unread_keys": dict(tally.keys),
         "unread_columns": dict(tally.unread),
         "notes": dict(tally.notes),
+        "ignored_keys_without_use": reading.keys_without_use(),
         "records_of_several_lines": long,
     }
     if lengths:

@@ -54,6 +54,6 @@ def fixed_examples(
     what: str = "rows",
 ) -> list[Example]:
     """Rows of a file as gemma2 sft would learn them; what is too long is reported."""
-    examples, overlong = tokenise(rows, chat, config, reading)
+    examples, overlong = tokenise(rows, chat, config, reading, what)
     report_overlong(overlong, len(rows), config, progress, what)
     return examples

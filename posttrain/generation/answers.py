@@ -20,6 +20,7 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.progress import Progress, Task
 from gemma2.core.ranks import ALONE, Ranks
 from gemma2.posttrain.data.rows import located
+from gemma2.posttrain.data.sources import no_rows
 from gemma2.posttrain.runs.generation_budget import PromptSource
 
 from .dialogues import Dialogue, DialoguePlan
@@ -75,7 +76,7 @@ class Answering:
                     count += 1
                 bar.advance(1)
         if count == 0:
-            raise InputError(f"{self.source.path} has no rows", "write one JSON object per line")
+            raise no_rows(self.source.path)
         return count
 
     def run(self, engine: Engine, prompts: int, progress: Progress) -> None:

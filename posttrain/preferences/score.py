@@ -29,7 +29,7 @@ from gemma2.posttrain.attention.choice import settle_attention
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Message, conversation_of, located, pair_of
-from gemma2.posttrain.data.sources import Row, ShardWriter
+from gemma2.posttrain.data.sources import Row, ShardWriter, no_rows
 from gemma2.posttrain.generation.journal import Journal, journal_of
 from gemma2.posttrain.models.loading import default_device, load_tokenizer, quiet_libraries
 from gemma2.posttrain.models.precision import frozen_dtype
@@ -100,7 +100,7 @@ def check_rows(config: RewardScoreConfig, reading: Reading, chat: ChatFormat, pr
         count += 1
         replaced += any(name in scored.row.columns for name in scored.columns)
     if count == 0:
-        raise InputError(f"{config.data} has no rows", "write one JSON object per line")
+        raise no_rows(config.data)
     if replaced:
         progress.warn(f"{replaced} of {count} rows have scores of that name, which are replaced; see --column")
     return count

@@ -149,14 +149,14 @@ def read_rows(config: SftConfig, chat: ChatFormat, reading: Reading, progress: P
     sizes: list[int] = []
     overlong = Overlong()
     for path, rows in zip(config.data, sets, strict=True):
-        tokenised, long = tokenise([row for row in rows if id(row) in kept], chat, config, reading)
+        tokenised, long = tokenise([row for row in rows if id(row) in kept], chat, config, reading, "training rows")
         if not tokenised:
             raise InputError(f"{path} has no training row, all are held out", "lower --eval-fraction")
         examples += tokenised
         sizes.append(len(tokenised))
         overlong += long
     report_overlong(overlong, len(training), config, progress)
-    heldout_examples, long = tokenise(heldout, chat, config, reading)
+    heldout_examples, long = tokenise(heldout, chat, config, reading, "held-out rows")
     report_overlong(long, len(heldout), config, progress, "held-out rows")
     return Rows(examples, sizes, heldout_examples, overlong, long)
 

@@ -24,7 +24,8 @@ from gemma2.core.json_files import JsonObject
 
 from .column_files import batches_of, parquet_rows
 from .folders import SUFFIXES, format_of
-from .row import OnBad, Row, kind
+from .rewriting import iconv, line_feeds
+from .row import OF_A_ROW, OnBad, Row, kind
 
 __all__ = ["Line", "count_in", "line_reader", "lines_of", "rows_in"]
 
@@ -161,17 +162,12 @@ def _decoded(where: str, line: bytes) -> str:
     except UnicodeDecodeError as error:
         path = where.rpartition(":")[0]
         if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise InputError(f"{path} is in UTF-16", _iconv(path, "UTF-16")) from error
+            raise InputError(f"{path} is in UTF-16", iconv(path, "UTF-16")) from error
         if b"\x00" in line[:4096]:
             what = f"{path} is not a text file"
             raise InputError(what, f"save the rows as one of {', '.join(SUFFIXES)}") from error
         what = f"{where}: not UTF-8 ({error.reason} at byte {error.start + 1})"
-        raise InputError(what, _iconv(path, "WINDOWS-1252")) from error
-
-
-def _iconv(path: str, encoding: str) -> str:
-    name = Path(path).name
-    return f"convert it, as with iconv -f {encoding} -t UTF-8 {path} > utf8-{name}"
+        raise InputError(what, iconv(path, "WINDOWS-1252")) from error
 
 
 def _value(where: str, text: str) -> object:
@@ -180,7 +176,8 @@ def _value(where: str, text: str) -> object:
     except _Twice as error:
         raise InputError(f"{where}: the key {str(error)!r} stands twice", "remove one of them") from error
     except ValueError as error:
-        raise InputError(f"{where}: not JSON ({_fault(error)})", "write one JSON object per line") from error
+        hint = line_feeds(where) if "\r" in text.strip() else "write one JSON object per line"
+        raise InputError(f"{where}: not JSON ({_fault(error)})", hint) from error
     except RecursionError as error:
         raise InputError(f"{where}: nested too deeply", "write one flat JSON object per line") from error
 
@@ -228,18 +225,37 @@ def _document_rows(path: Path, on_bad: OnBad | None) -> Iterator[Row]:
                 where = f"{path}:{number}"
                 yield from _checked(where, partial(_parse_text, where, line), on_bad)
         return
-    if (
-        isinstance(whole, dict)
-        and len(lists := [v for v in whole.values() if _is_list_of_objects(v)]) == len(whole) == 1
-    ):
-        for number, item in enumerate(lists[0], start=1):
-            yield Row(f"{path}:{number}", item)
+    named = _key_of_rows(path, whole)
+    if named is not None:
+        aside = tuple(key for key in whole if key != named)
+        for number, item in enumerate(whole[named], start=1):
+            yield Row(f"{path}:{number}", item, aside if number == 1 else ())
     elif whole:
         yield from _checked(f"{path}:1", partial(_object, f"{path}:1", whole), on_bad)
 
 
-def _is_list_of_objects(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+def _key_of_rows(path: Path, whole: object) -> str | None:
+    """The key of an object under which its rows are; None where the object is one row.
+
+    Raises InputError where several keys hold rows, as those of splits do.
+    """
+    if not isinstance(whole, dict) or OF_A_ROW & whole.keys():
+        return None
+    found = [key for key, value in whole.items() if _is_list_of_rows(value)]
+    if len(found) > 1:
+        names = ", ".join(f"{key}.json" for key in found)
+        raise InputError(
+            f"{path} holds rows under {' and '.join(map(repr, found))}",
+            f"write each array to a file ({names}), and give the file to be read",
+        )
+    return found[0] if found else None
+
+
+def _is_list_of_rows(value: object) -> bool:
+    """Whether a value is a list of objects that are not messages: those make a row of the object around them."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, dict) and not {"role", "from"} & item.keys() for item in value)
 
 
 def _array_rows(path: Path, text: str, start: int, on_bad: OnBad | None) -> Iterator[Row]:
@@ -319,6 +335,8 @@ def _fields(path: Path, reader: Any) -> Iterator[list[str]]:  # noqa: ANN401  # 
             return
         except csv.Error as error:
             hint = "close the quotation mark that opens there, and double those inside a field"
+            if "new-line" in str(error):  # a carriage return: in the header it ends the lines of the whole file
+                hint = "put fields with line breaks in double quotes" if start > 1 else line_feeds(f"{path}:1")
             raise InputError(f"{path}:{start}: not CSV ({error})", hint) from error
 
 
@@ -360,7 +378,10 @@ def _text_row(line: Line, on_bad: OnBad | None) -> Iterator[Row]:
 
 
 def _prompt(where: str, line: bytes) -> JsonObject:
-    return {"prompt": _decoded(where, line).strip()}
+    text = _decoded(where, line).strip()
+    if "\r" in text:  # else a file of an old Mac would be one long prompt
+        raise InputError(f"{where}: a carriage return inside of the line", line_feeds(where))
+    return {"prompt": text}
 
 
 _READERS: dict[str, Callable[[Path, OnBad | None], Iterator[Row]]] = {

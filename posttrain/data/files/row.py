@@ -10,11 +10,13 @@ from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.yaml_files import closest
 
-__all__ = ["ColumnNames", "OnBad", "Row", "kind"]
+__all__ = ["OF_A_ROW", "ColumnNames", "OnBad", "Row", "kind"]
 
 
 # Columns that the shapes of rows read; other names are for the columns of reward functions.
 OURS = ("prompt", "completion", "messages", "chosen", "rejected")
+# Columns by which one object is a row, not a wrapping of rows.
+OF_A_ROW = frozenset({*OURS, "conversations", "conversation", "text"}) | {"question", "query", "problem", "instruction"}
 UNUSED = "unused"  # what a column is called that should not be read
 KNOWN = (
     *OURS,
@@ -25,10 +27,11 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a data set. `where` is `"file:line"`."""
+    """One row of a data set. `where` is `"file:line"`; `aside`: what the file holds next to its rows, on the first."""
 
     where: str
     columns: JsonObject
+    aside: tuple[str, ...] = ()
 
     def extra(self, *read: str) -> JsonObject:
         """The columns that are not among `read`."""

@@ -9,8 +9,10 @@
                         completion | answer | response | output | solution
     dialogue            text, "Human: ... Assistant: ..."                      the conversation
 
-A text in `system`, `system_prompt` becomes the system message in front. `Shaped.read` names the columns that were used;
-what is left is for the caller to name. A null column is an absent one.
+A row with `chosen` and `rejected` is a preference pair, whatever other columns it has: as a conversation it is refused.
+Of several names for one thing ours wins (`prompt`, `completion`), and a list of messages wins over both. A text in
+`system`, `system_prompt` becomes the system message in front. `Shaped.read` names the columns that were used; what is
+left is for the caller to name. A null column is an absent one.
 """
 
 from __future__ import annotations
@@ -21,18 +23,31 @@ from dataclasses import dataclass, field
 
 from gemma2.core.errors import InputError
 from gemma2.core.json_files import JsonMapping, JsonObject
-from gemma2.posttrain.data.files.row import Row, kind
+from gemma2.posttrain.data.files.row import ColumnNames, Row, kind
 
 from .texts import dialogue_of, is_dialogue
-from .turns import SKIP_HINT, Message, TurnError, Turns, turns_of
+from .turns import SKIP_HINT, Message, TurnError, Turns, check_order, fold_system, turns_of
 
-__all__ = ["Shaped", "columns_hint", "conversation_shape", "present", "prompt_of_row", "prompt_shape", "with_system"]
+__all__ = [
+    "Ambiguous",
+    "Shaped",
+    "columns_hint",
+    "conversation_shape",
+    "present",
+    "prompt_of_row",
+    "prompt_shape",
+    "with_system",
+]
 
 ASKED = ("prompt", "question", "query", "problem", "instruction")  # names of the prompt
 ANSWERED = ("completion", "answer", "response", "output", "solution")  # names of the answer
 FURTHER = ("input", "context")  # what Alpaca's and Dolly's instructions are about
 SYSTEM = ("system", "system_prompt")
 LISTS = ("messages", "conversations", "conversation")  # names of a list of messages
+
+
+class Ambiguous(InputError):
+    """A row of which several columns could be the prompt, or the answer."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,9 @@ def present(row: Row) -> JsonObject:
 def conversation_shape(row: Row, ignored: Collection[str] = ()) -> Shaped:
     """The conversation of a row. Raises InputError with file, line and fix for a row without one."""
     columns = present(row)
+    if {"chosen", "rejected"} <= columns.keys():  # first: its other columns are metadata of the pair
+        what = f"{row.where}: a preference pair, where a conversation is needed"
+        raise InputError(what, f"train on it with gemma2 reward{_chosen_hint(row, ignored)}")
     for name in LISTS:
         if name in columns:
             turns = turns_of(row.where, name, columns[name], "user", ignored)
@@ -154,12 +172,12 @@ def _history(row: Row, value: object) -> list[Message]:
 
 
 def _one_of(row: Row, columns: JsonMapping, names: Sequence[str], ours: str) -> str | None:
-    """The column that holds what we call `ours`. Raises InputError where several could."""
+    """The column that holds what we call `ours`. Raises Ambiguous where several could."""
     if ours in columns:
         return ours
     found = [name for name in names if name in columns]
     if len(found) > 1:
-        raise InputError(
+        raise Ambiguous(
             f"{row.where}: {' and '.join(repr(name) for name in found)} could both be the {ours}",
             f"say which one: --columns {ours}={found[0]}",
         )
@@ -186,11 +204,6 @@ def _dialogue(row: Row, text: str) -> Shaped:
 
 
 def _unrecognised(row: Row, columns: JsonMapping) -> InputError:
-    if {"chosen", "rejected"} <= columns.keys():
-        what = f"{row.where}: a preference pair, where a conversation is needed"
-        return InputError(
-            what, "train on it with gemma2 reward, or learn the chosen answer: --columns completion=chosen"
-        )
     asked = [name for name in ASKED if name in columns]
     answered = [name for name in ANSWERED if name in columns]
     if asked:
@@ -202,6 +215,23 @@ def _unrecognised(row: Row, columns: JsonMapping) -> InputError:
     if lists or difflib.get_close_matches("messages", columns, n=1):
         return InputError(what, columns_hint({n: columns[n] for n in lists} or columns, "messages"))
     return InputError(what, columns_hint(columns, "prompt", "completion"))
+
+
+def _chosen_hint(row: Row, ignored: Collection[str]) -> str:
+    """How the chosen answer of a pair can be learned, if the row can then be read: where its prompt is decides it."""
+    lists = [f"prompt={name},completion=chosen" for name in LISTS if name in present(row)]
+    for renames in ("completion=chosen", *lists, "messages=chosen", "text=chosen"):
+        ours = [item.partition("=")[0] for item in renames.split(",")]
+        columns = ColumnNames(renames.split(",")).apply(row.columns)
+        try:
+            found = conversation_shape(Row(row.where, columns), ignored)
+            check_order(fold_system(found.turns.messages), ends_with="assistant")
+        except InputError:
+            continue
+        asked = found.turns.messages[: found.answer or 1]
+        if found.read.issuperset(ours) and asked[-1]["role"] != "assistant":  # else the prompt has an answer already
+            return f", or learn the chosen answer: --columns {renames}"
+    return ""
 
 
 def columns_hint(columns: JsonMapping, *wanted: str, known: Collection[str] = ()) -> str:

@@ -14,11 +14,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2.core.errors import InputError
+from gemma2.core.errors import InputError, UsageError
 from gemma2.core.json_files import JsonMapping, parse_json
 from gemma2.posttrain.data.files.row import kind
 
 __all__ = [
+    "IgnoredKeys",
     "Message",
     "TurnError",
     "Turns",
@@ -67,6 +68,24 @@ class UnknownKeys(TurnError):
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.what, self.hint, self.keys)
+
+
+class IgnoredKeys(frozenset[str]):
+    """The keys of `--ignore-keys`. `used`: those that a message had, so that the others can be named.
+
+    Raises UsageError for a key that decides what a message is: without it there is no message to learn.
+    """
+
+    used: set[str]
+
+    def __new__(cls, keys: Collection[str] = ()) -> IgnoredKeys:
+        """The keys, none of them used yet."""
+        for key in keys:
+            if key in ("role", "content", *WHETHER_LEARNED):
+                raise UsageError(f"--ignore-keys {key}: every message is read by it", f"leave out {key}")
+        found = super().__new__(cls, keys)
+        found.used = set()
+        return found
 
 
 @dataclass(frozen=True)
@@ -158,7 +177,10 @@ def _message(where: str, place: str, item: object, ignored: Collection[str]) -> 
     keys = [next((name for name in names if name in said), names[0]) for names in NAMES]
     role = _role(where, place, keys[0], said)
     learned = _learned(where, place, role, said)
-    unknown = sorted(said.keys() - {*keys, *WHETHER_LEARNED} - set(ignored))
+    more = said.keys() - {*keys, *WHETHER_LEARNED}
+    if isinstance(ignored, IgnoredKeys):
+        ignored.used |= more & ignored
+    unknown = sorted(more - set(ignored))
     if unknown:
         what = f"{where}: '{place}' also has {', '.join(unknown)}, which nothing learns"
         raise UnknownKeys(what, unknown_hint(unknown), unknown)

@@ -18,6 +18,7 @@ from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located
+from gemma2.posttrain.data.sources import no_rows
 from gemma2.posttrain.evaluation.suite.chat_choice import uses_chat
 from gemma2.posttrain.evaluation.suite.encoding import TokenRequest
 from gemma2.posttrain.evaluation.suite.shared_scoring import SharedScorer
@@ -54,7 +55,7 @@ def run_choices(config: ChoicesConfig, options: RunOptions, progress: Progress =
         reading = Reading(config)
         rows = list(each_choice_row(config.choices, reading, config.limit))
         if not rows:
-            raise InputError(f"{config.choices} has no rows", reading.first_error() or "write one JSON object per line")
+            raise InputError(f"{config.choices} has no rows", reading.first_error() or no_rows(config.choices).hint)
         name = task_names([config.choices])[0]
         outcomes = []
         settle_kernel(config, kept.run, progress)

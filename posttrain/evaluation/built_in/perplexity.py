@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2.core.errors import GuardStop, InputError, UsageError
+from gemma2.core.errors import GuardStop, UsageError
 from gemma2.core.json_files import JsonObject
 from gemma2.core.progress import SILENT, Progress
 from gemma2.core.ranks import Ranks
 from gemma2.posttrain.data.reading import Reading
+from gemma2.posttrain.data.sources import no_rows
 from gemma2.posttrain.data.tokenizer import Tokenizer
 from gemma2.posttrain.models.loading import quiet_libraries
 from gemma2.posttrain.models.protocols import CausalLM
@@ -107,7 +108,7 @@ class _Measure:
         """The windows of one file, those of an interrupted run taken from its journal."""
         texts = [_text(tokenizer, text) for text in documents_of(path, self.reading, self.config.limit)]
         if not texts:
-            raise InputError(f"{path} has no rows", "write one JSON object per line")
+            raise no_rows(path)
         bos = bos_of(tokenizer)
         windows = [
             TextWindow(i, span, [bos, *text.ids[span.context : span.start]], text.ids[span.start : span.end])

@@ -11,6 +11,7 @@ from gemma2.core.progress import SILENT, Progress
 from gemma2.posttrain.attention.choice import drawing_kernel
 from gemma2.posttrain.data.reading import Reading
 from gemma2.posttrain.data.rows import Prompt, located
+from gemma2.posttrain.data.sources import no_rows
 from gemma2.posttrain.evaluation.suite.chat_choice import uses_chat
 from gemma2.posttrain.generation.engines.base import Request
 from gemma2.posttrain.generation.engines.local import BATCHES, SamplerEngine
@@ -37,7 +38,7 @@ def run_qa(config: QaConfig, options: RunOptions, progress: Progress = SILENT) -
         reading = Reading(config)
         rows = list(each_question(config.qa, reading, config.limit))
         if not rows:
-            raise InputError(f"{config.qa} has no rows", reading.first_error() or "write one JSON object per line")
+            raise InputError(f"{config.qa} has no rows", reading.first_error() or no_rows(config.qa).hint)
         name = task_names([config.qa])[0]
         outcomes = []
         for number, path in enumerate(models_of(config)):

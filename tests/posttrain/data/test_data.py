@@ -115,7 +115,7 @@ BAD = {
 
 @pytest.mark.parametrize(("read", "row", "words"), BAD.values(), ids=BAD)
 def test_a_bad_row_is_refused_with_file_line_and_mend(tmp_path, read, row, words):
-    good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    good = {"prompt": "a"} | ({"chosen": "c", "rejected": "d"} if read is read_pairs else {"completion": "b"})
     path = write(tmp_path, good, row)
     with pytest.raises(InputError) as caught:
         read(path)
