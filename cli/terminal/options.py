@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from gemma2.core.errors import InputError, UsageError
 from gemma2.core.outputs.manifest import STATE
 from gemma2.core.outputs.promised import promise
-from gemma2.core.outputs.staging import check_output, partial_path
+from gemma2.core.outputs.staging import check_named, check_output, partial_path
 from gemma2.core.permissions import allow
 from gemma2.core.progress import SILENT
 from gemma2.core.ranks import is_main
@@ -137,10 +137,10 @@ file_option = partial(typer.Option, metavar="FILE", show_default=False, rich_hel
 
 
 def required_out(out: Path | None) -> Path:
-    """The value of --out. Raises UsageError if it was not given."""
+    """The value of --out. Raises UsageError if it was not given, OutputError if it has no name, as `.` and `/`."""
     if out is None:
         raise UsageError("--out is missing", "give the directory to write")
-    return out
+    return check_named(out)
 
 
 NAMED = re.compile(r"--([a-z][a-z-]*)|'([a-z_]+(?:\.\w+)+)'")  # a flag, or a nested key, in a message
