@@ -13,6 +13,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -34,6 +35,7 @@ __all__ = [
     "check_space",
     "fsync_tree",
     "locked",
+    "out_is",
     "publish",
     "staged_output",
     "take_notes",
@@ -66,6 +68,16 @@ def _is_own(folder: Path) -> bool:
     except FileNotFoundError:
         return True
     return stat.S_ISDIR(status.st_mode) and status.st_uid in (os.geteuid(), 0)
+
+
+@contextmanager
+def out_is(name: str) -> Iterator[None]:
+    """Say `name` for `--out` in the errors of the block: a command whose output is an argument has no such flag."""
+    try:
+        yield
+    except OutputError as error:
+        what, hint = (re.sub(r"--out(?=[ ;,]|$)", name, text) for text in (error.what, error.hint))
+        raise OutputError(what, hint, error.where) from error
 
 
 def check_named(out: Path) -> Path:

@@ -164,7 +164,7 @@ def test_an_out_without_a_name_is_one_line(place, tried, line, dry, out):
     line = line.format(word) if "{}" in line else re.sub(r"(--out|--fix) \S+", rf"\1 {word}", line)
     before = contents(place)
     code, said = tried(line + dry)
-    line = r"error: --out \S+ does not name a directory; give the name of a new directory\n"
+    line = r"error: (--out|--fix|DIR) \S+ does not name a directory; give the name of a new directory\n"
     assert re.fullmatch(rf"(warning: .+\n)*{line}", said)
     assert code == 1
     assert contents(place) == before
