@@ -89,13 +89,14 @@ def kept_for_later(console: Console, root: Path) -> Iterator[None]:
     """Note that finished stages are kept when a run ends early."""
     from gemma2.posttrain.pipelines.state import STATE_FILE
 
-    done = False
     try:
         yield
-        done = True
-    finally:
-        if not done and (root / STATE_FILE).is_file():
+    except UsageError:  # the same command would only meet it again
+        raise
+    except BaseException:
+        if (root / STATE_FILE).is_file():
             console.note("work done so far is kept: the same command continues from there")
+        raise
 
 
 def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeline:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.errors import Gemma2Error, InputError, OutputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, finite, parse_json, write_json
 from gemma2.core.outputs.manifest import (
     CHECKPOINTS,
@@ -52,6 +52,7 @@ from .live import clear_live
 from .memory_shortage import MemoryRecord, out_of_memory
 from .run_options import RunOptions, RunResult
 from .together import goes_on_with_any_number
+from .way_on import with_way_on
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
 
@@ -295,8 +296,10 @@ def open_run(
         try:
             yield run
         except Exception as error:
-            short = out_of_memory(error, config, run.phase or command, _worth_keeping(partial), run.memory)
-            if short is None:
+            kept = _worth_keeping(partial)
+            said = with_way_on(error, kept) if isinstance(error, Gemma2Error) else None
+            short = said or out_of_memory(error, config, run.phase or command, kept, run.memory)
+            if short is None or short is error:
                 raise
             raise short from error
 
@@ -380,5 +383,9 @@ def _sweep(partial: Path) -> None:
 
 
 def _worth_keeping(partial: Path) -> bool:
-    """Whether an interrupted run has anything to resume from: a checkpoint, finished rows, or a finished stage."""
-    return any(next(partial.glob(pattern), None) is not None for pattern in KEPT)
+    """Whether an interrupted run has anything to resume from: a checkpoint, finished rows, or a finished stage.
+
+    A journal that was opened, and in which nothing is written yet, is nothing.
+    """
+    found = (path for pattern in KEPT for path in partial.glob(pattern))
+    return any(path.suffix != ".jsonl" or path.stat().st_size for path in found)
