@@ -12,13 +12,13 @@ from gemma2.posttrain.schemas.filter import FilterName
 from .criteria.contamination import EvaluationTexts, contaminated
 from .criteria.form import empty, length, repetition, truncated
 from .criteria.identity import claim_finder
-from .criteria.language import language
-from .criteria.personal import personal
+from .criteria.language import check_codes, language
+from .criteria.personal import check_region, personal
 from .criteria.refusals import disclaimer
 from .criteria.sample import Sample
 from .criteria.unsafe import unsafe
 
-__all__ = ["ORDER", "active_filters", "row_filters"]
+__all__ = ["ORDER", "active_filters", "check_settings", "row_filters"]
 
 RowFilter = Callable[[Sample], str | None]
 
@@ -29,6 +29,15 @@ def active_filters(config: FilterConfig) -> list[str]:
     """Return the names of the filters that run, in order."""
     wanted = config.filters or ORDER
     return [name for name in ORDER if name in wanted and name not in config.skip and config.is_set_up(name)]
+
+
+def check_settings(config: FilterConfig) -> None:
+    """Raise UsageError for a language or a region that the library of its filter does not know."""
+    active = active_filters(config)
+    if "language" in active:
+        check_codes(config.language)
+    if "personal" in active:
+        check_region(config.phone_region)
 
 
 def row_filters(config: FilterConfig, evaluation: EvaluationTexts | None) -> dict[str, RowFilter]:

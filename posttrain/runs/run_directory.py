@@ -363,17 +363,22 @@ def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
         if "continued" in origin:
             write_json(partial / STATE, origin)  # from here it is a run of these versions
         return True
-    if options.resume:
-        raise OutputError(f"no interrupted run exists for --out {options.out} to resume", "drop --resume")
-    if (partial / STATE).is_file() and _worth_keeping(partial) and not options.force:
-        raise OutputError(
-            f"an interrupted run of --out {options.out} exists",
-            "continue it with --resume, or start over with --force",
-        )
+    check_interrupted(options)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_json(partial / STATE, origin)
     return False
+
+
+def check_interrupted(options: RunOptions) -> None:
+    """Raise OutputError for --resume without an interrupted run, and for a start that would throw one away."""
+    partial = partial_path(options.out)
+    begun = (partial / STATE).is_file()
+    if options.resume and not begun:
+        raise OutputError(f"no interrupted run exists for --out {options.out} to resume", "drop --resume")
+    if begun and not (options.resume or options.force) and _worth_keeping(partial):
+        what = f"an interrupted run of --out {options.out} exists"
+        raise OutputError(what, "continue it with --resume, or start over with --force")
 
 
 def _sweep(partial: Path) -> None:

@@ -168,3 +168,31 @@ def test_an_out_without_a_name_is_one_line(place, tried, line, dry, out):
     assert re.fullmatch(rf"(warning: .+\n)*{line}", said)
     assert code == 1
     assert contents(place) == before
+
+
+# --- what the run refuses, its dry run refuses in the same words ------------------------------------------------------
+
+SFT = "sft --model model --data rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("filter rows.jsonl --language klingon --out x", "--language klingon is not known"),
+        ("filter rows.jsonl --phone-region ZZ --out x", "--phone-region ZZ is not known"),
+        ("filter rows.jsonl --filters length --out x", "--filters length does nothing by itself"),
+        ("filter rows.jsonl --filters contaminated --out x", "--filters contaminated does nothing by itself"),
+        (f"{SFT} --out x --resume", "no interrupted run exists for --out x to resume; drop --resume"),
+        ("filter rows.jsonl --out begun", "an interrupted run of --out begun exists; continue it with --resume"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(place, tried, line, said):
+    journal = place / ".begun.partial" / "checkpoints"
+    journal.mkdir(parents=True, exist_ok=True)
+    (journal.parent / "run.json").write_text("{}")
+    (journal / "state").write_text("x")
+    before = contents(place)
+    found = [tried(f"{line}{dry}") for dry in (" --dry-run", "")]
+    assert found[0] == found[1]
+    assert found[0][0] in (1, 2) and said in found[0][1]
+    assert contents(place) == before
