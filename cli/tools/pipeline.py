@@ -34,6 +34,7 @@ from gemma2.cli.terminal.plan_view import end_plan
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.home import text_at_home
+from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.outputs.promised import promise
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.permissions import allow
@@ -108,7 +109,10 @@ def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeli
     if folder.is_dir():
         file = folder / FILE
         if not file.is_file():
-            raise InputError(f"{folder} is not the folder of a pipeline", "give a YAML file")
+            hint = "give a YAML file"
+            if (folder / MANIFEST).is_file():  # a warp has stages too, but no file of them
+                hint = f"it is one output: gemma2 lineage {folder} shows it, gemma2 pipeline diff compares two"
+            raise InputError(f"{folder} is not the folder of a pipeline", hint)
         root, described = out or folder, read_pipeline(file, sets or ())
         return compile_pipeline(described, enter_folder_of(folder, root))
     path = folder if folder.is_file() else recipe(name)

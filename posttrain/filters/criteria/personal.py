@@ -107,7 +107,7 @@ FOUR_NUMBERS = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
 
 
 def check_region(region: str) -> None:
-    """Raise UsageError for a country whose numbers are not known; empty is no country."""
+    """Raise UsageError for a country whose numbers are not known; without one only those with + count."""
     from phonenumbers import SUPPORTED_REGIONS
 
     if region and region not in SUPPORTED_REGIONS:
