@@ -123,6 +123,7 @@ class Scheduler:
             shown = len(self.status)
             if self.started and not moved:
                 self._wait()
+        bar.advance(len(self.status) - shown)  # those of the last wait
         self._close_bars()
 
     def _raise(self, failed: Sequence[str]) -> None:
