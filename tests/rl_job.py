@@ -31,8 +31,8 @@ def words(job: Path, out: Path, settings: str) -> list[str]:
     inputs = (
         f"--policy {job}/policy --prompts {job}/prompts.jsonl --heldout {job}/prompts.jsonl --reward-fn judge:judge"
     )
-    shared = "--max-new-tokens 16 --temperature 1 --learning-rate 1e-3 --warmup-steps 0 --mu 0.3 "
-    shared += "--eval-prompts 6"
+    shared = "--max-new-tokens 16 --temperature 1 --learning-rate 1e-3 --warmup-steps 0 --eval-prompts 6"
+    shared += "" if "--anchor" in settings.split() else " --mu 0.3"
     return ["rlhf", *inputs.split(), *shared.split(), *settings.split(), "--out", str(out)]
 
 

@@ -10,6 +10,7 @@ from gemma2.cli.terminal.console import Console
 from gemma2.cli.terminal.help import HelpCommand
 from gemma2.cli.terminal.options import HELP_NAMES, AsJson, DryRun, Force, Quiet
 from gemma2.core.outputs.promised import promise
+from gemma2.core.outputs.staging import out_is
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -46,8 +47,9 @@ def pull(
 
     console = Console(as_json=as_json, quiet=quiet)
     out = at_home(out)
-    if dry_run:
-        console.result(plan_pull(uri, out, force))
-        return
-    promise(out)
-    console.result(pull_output(uri, out, force, console), out)
+    with out_is("DIR"):
+        if dry_run:
+            console.result(plan_pull(uri, out, force))
+            return
+        promise(out)
+        console.result(pull_output(uri, out, force, console), out)

@@ -107,6 +107,8 @@ def plan(
     """  # fmt: skip
     given = {"gpu": gpu, "throughput": throughput, "measure": measure}
     if not words:
+        if as_json or gpus is not None or any(map(is_given, given.values())):
+            raise UsageError("plan names no command", "give the command line behind it: gemma2 plan sft --model 9b")
         typer.echo(ctx.get_help())
         return
     from .answer_view import AskedPlan

@@ -72,6 +72,13 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
         found = next((given for given in _given(context.command, words) if given.loose), None)
         if found is not None and ("extra" in text or f"'{found.loose[0]}'" in text):
             return UsageProblem(*_several(found), page)
+    if context is not None and "unexpected extra argument" in text:
+        second = re.search(r"unexpected extra argument\S* \((.+)\)", text)
+        if second and context.command_path == "gemma2 chat":
+            word = shlex.quote(second[1].split()[0])
+            return UsageProblem(
+                f"{word} is a second model, and one is taken", f"compare with it: --against {word}", page
+            )
     if context is not None and "No such option" in text:
         names = {name for part in context.command.params for name in part.opts if name.startswith("-")}
         short = next(
@@ -80,9 +87,11 @@ def explain(error: TyperException, words: Sequence[str]) -> UsageProblem:
         if short is not None and len(short) > 2:
             return UsageProblem(f"No such option: {short}", f"write it with two dashes: -{short}", page)
         typed = str(getattr(error, "option_name", ""))
-        near = closest(typed, [name for name in names if name.startswith("--")])
-        if typed.startswith("--") and near.startswith("did you mean"):
-            return UsageProblem(f"no such option: {typed}", near, page)
+        if typed.startswith("--"):
+            # Without the dashes, which all flags share: with them any two short flags are near.
+            near = closest(typed[2:], [name[2:] for name in names if name.startswith("--")])
+            meant = re.fullmatch("did you mean '(.*)'\\?", near)
+            return UsageProblem(f"no such option: {typed}", f"did you mean '--{meant[1]}'?" if meant else "", page)
     return UsageProblem(text, "", page)
 
 

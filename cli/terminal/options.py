@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from gemma2.core.errors import InputError, UsageError
+from gemma2.core.errors import Gemma2Error, InputError, UsageError
 from gemma2.core.outputs.manifest import STATE
 from gemma2.core.outputs.promised import promise
-from gemma2.core.outputs.staging import check_output, partial_path
+from gemma2.core.outputs.staging import check_named, check_output, partial_path
 from gemma2.core.permissions import allow
 from gemma2.core.progress import SILENT
 from gemma2.core.ranks import is_main
@@ -137,10 +137,10 @@ file_option = partial(typer.Option, metavar="FILE", show_default=False, rich_hel
 
 
 def required_out(out: Path | None) -> Path:
-    """The value of --out. Raises UsageError if it was not given."""
+    """The value of --out. Raises UsageError if it was not given, OutputError if it has no name, as `.` and `/`."""
     if out is None:
         raise UsageError("--out is missing", "give the directory to write")
-    return out
+    return check_named(out)
 
 
 NAMED = re.compile(r"--([a-z][a-z-]*)|'([a-z_]+(?:\.\w+)+)'")  # a flag, or a nested key, in a message
@@ -355,6 +355,7 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     from gemma2.posttrain.checks.plan import shortages
     from gemma2.posttrain.runs.finished import publish_finished
     from gemma2.posttrain.runs.run_directory import resumed_with
+    from gemma2.posttrain.runs.way_on import names_the_way
 
     check_machines(config, options.out)
     promise(options.out)
@@ -375,11 +376,12 @@ def execute(config: Config, given: Flags, run: Runner, console: Console) -> None
     if is_main():
         for problem in shortages(config, checks.sources, rows, options.out):
             console.warn(problem)  # an estimate: the run may need less
-    result = None
     try:
         result = run(config, options, console if is_main() else SILENT)
-    finally:
-        if result is None and (partial_path(options.out) / STATE).is_file():
+    except BaseException as error:
+        said = isinstance(error, Gemma2Error) and names_the_way(error.hint)
+        if not said and (partial_path(options.out) / STATE).is_file():
             console.note("work done so far is kept: continue with --resume")
+        raise
     if is_main():
         console.result(result.summary, result.out)

@@ -70,6 +70,7 @@ def doctor(
       gemma2 doctor broken --fix repaired
     """  # fmt: skip
     from gemma2.core.errors import UsageError
+    from gemma2.core.outputs.staging import check_output, out_is
     from gemma2.posttrain.doctor.checks.finding import Depth
     from gemma2.posttrain.doctor.examination import check_names, examine, plan_examination
 
@@ -83,6 +84,9 @@ def doctor(
         raise UsageError("--quick and --deep contradict each other", "give one of them")
     if fix is not None and len(given) != 1:
         raise UsageError(f"--fix takes one model, but {len(given)} were given", "name one PATH")
+    if fix is not None:
+        with out_is("--fix"):
+            check_output(fix, force)  # now, not when the examination is over
     depth = Depth.QUICK if quick else Depth.DEEP if deep else Depth.FULL
     if dry_run:
         checks = plan_examination(given, depth, _names(only), _names(skip))
@@ -113,9 +117,11 @@ def _show_plan(checks: list[dict[str, str]], fix: Path | None, console: Console)
 
 def _repaired(path: Path, out: Path, force: bool) -> list[str]:
     from gemma2.core.outputs.hub import locate_model
+    from gemma2.core.outputs.staging import out_is
     from gemma2.posttrain.doctor.repair import repair
 
-    return repair(locate_model(path, "model"), out, force).changed
+    with out_is("--fix"):
+        return repair(locate_model(path, "model"), out, force).changed
 
 
 MARKS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM"}

@@ -34,6 +34,7 @@ from gemma2.cli.terminal.plan_view import end_plan
 from gemma2.configs import recipe, recipes
 from gemma2.core.errors import InputError, OutputError, UsageError
 from gemma2.core.home import text_at_home
+from gemma2.core.outputs.manifest import MANIFEST
 from gemma2.core.outputs.promised import promise
 from gemma2.core.outputs.staging import partial_path
 from gemma2.core.permissions import allow
@@ -89,13 +90,14 @@ def kept_for_later(console: Console, root: Path) -> Iterator[None]:
     """Note that finished stages are kept when a run ends early."""
     from gemma2.posttrain.pipelines.state import STATE_FILE
 
-    done = False
     try:
         yield
-        done = True
-    finally:
-        if not done and (root / STATE_FILE).is_file():
+    except UsageError:  # the same command would only meet it again
+        raise
+    except BaseException:
+        if (root / STATE_FILE).is_file():
             console.note("work done so far is kept: the same command continues from there")
+        raise
 
 
 def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeline:
@@ -107,7 +109,10 @@ def open_pipeline(name: str, out: Path | None, sets: list[str] | None) -> Pipeli
     if folder.is_dir():
         file = folder / FILE
         if not file.is_file():
-            raise InputError(f"{folder} is not the folder of a pipeline", "give a YAML file")
+            hint = "give a YAML file"
+            if (folder / MANIFEST).is_file():  # a warp has stages too, but no file of them
+                hint = f"it is one output: gemma2 lineage {folder} shows it, gemma2 pipeline diff compares two"
+            raise InputError(f"{folder} is not the folder of a pipeline", hint)
         root, described = out or folder, read_pipeline(file, sets or ())
         return compile_pipeline(described, enter_folder_of(folder, root))
     path = folder if folder.is_file() else recipe(name)

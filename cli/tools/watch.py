@@ -134,16 +134,19 @@ def follow(console: Console, following: Following, show: Show) -> View:
 
 
 def verdict(following: Following, last: View) -> tuple[str, str]:
-    """What an alert did, for the line of the error."""
+    """What an alert did, and how to go on, for the line of the error."""
+    from gemma2.posttrain.watch.watched_output import is_interrupted
+
     name, said = next(iter(following.said.items()))
     status = next((stage.status for stage in last.stages if stage.name == name), "")
     others = f" ({len(following.said) - 1} more alerts)" if len(following.said) > 1 else ""
     if status == "complete":
         return f"alert in {name}: {said}{others}", "it was complete before it read the alert"
-    return (
-        f"alert in {name}: {said}; it was ended{others}",
-        "its last checkpoint is kept: the same command (of a single run: with --resume) goes on from there",
-    )
+    what = f"alert in {name}: {said}; it was ended{others}"
+    again = "the same command with --resume" if is_interrupted(Path(last.out)) else "the same command"
+    if not following.has_kept(name):
+        return what, f"it had no checkpoint yet: {again} starts it again"
+    return what, f"its last checkpoint is kept: {again} goes on from there"
 
 
 class Show:

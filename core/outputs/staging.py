@@ -13,6 +13,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -28,11 +29,13 @@ from .manifest import CHECKPOINTS, MANIFEST, STATE, read_manifest
 
 __all__ = [
     "add_note",
+    "check_named",
     "check_output",
     "check_partial",
     "check_space",
     "fsync_tree",
     "locked",
+    "out_is",
     "publish",
     "remove_tokens",
     "staged_output",
@@ -68,6 +71,23 @@ def _is_own(folder: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid in (os.geteuid(), 0)
 
 
+@contextmanager
+def out_is(name: str) -> Iterator[None]:
+    """Say `name` for `--out` in the errors of the block: a command whose output is an argument has no such flag."""
+    try:
+        yield
+    except OutputError as error:
+        what, hint = (re.sub(r"--out(?=[ ;,]|$)", name, text) for text in (error.what, error.hint))
+        raise OutputError(what, hint, error.where) from error
+
+
+def check_named(out: Path) -> Path:
+    """Return an output's path; refuse one without a name, `.` or an empty text, next to which nothing can be built."""
+    if out.name in ("", "..") or "\0" in out.name:
+        raise OutputError(f"--out {out} does not name a directory", "give the name of a new directory")
+    return out
+
+
 def check_output(
     out: Path, force: bool, inputs: Mapping[str, Path] | None = None, marks: Sequence[str] = (MANIFEST,)
 ) -> None:
@@ -75,8 +95,7 @@ def check_output(
 
     marks  files of which an existing output has one; a folder without them is not ours, and `force` does not replace it
     """
-    if out.name in ("", "..") or "\0" in out.name:
-        raise OutputError(f"--out {out} does not name a directory", "give the name of a new directory")
+    check_named(out)
     target = out.resolve()
     for role, path in (inputs or {}).items():
         source = path.resolve()

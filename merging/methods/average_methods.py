@@ -35,6 +35,10 @@ def _mix_model_stock(group: Group, gram: Doubles) -> Mix:
     return around_base(group, model_stock(gram))
 
 
+OTHERS = "give other weights"
+AS_GIVEN = "--no-normalize"
+
+
 def sum_of_weights(request: MergeRequest) -> float | None:
     """The sum of the weights; None where none are given, or where some differ between tensors.
 
@@ -45,14 +49,15 @@ def sum_of_weights(request: MergeRequest) -> float | None:
         return None
     total = sum(plain)
     if request.normalize and total == 0.0:
-        raise UsageError("--weights sum to 0, which --normalize cannot divide by", "leave --normalize out")
+        raise UsageError("--weights sum to 0, which --normalize cannot divide by", f"{OTHERS}, or {AS_GIVEN}")
     return total
 
 
 def _weights_sum_to_1(request: MergeRequest) -> None:
     total = sum_of_weights(request)
     if total is not None and request.normalize is None and not abs(total - 1.0) <= 1e-6:
-        raise UsageError(f"--weights sum to {total:g}, not 1", "scale them, or give --normalize")
+        way = "scale them, give --normalize" if total else OTHERS
+        raise UsageError(f"--weights sum to {total:g}, not 1", f"{way}, or {AS_GIVEN} to take them as they are")
 
 
 METHODS = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from gemma2.posttrain.data.chat import ChatFormat
 from gemma2.posttrain.planning.estimates import Sources
 from gemma2.posttrain.runs.inputs import check_inputs
+from gemma2.posttrain.schemas import FilterConfig
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.training.tracking import check_tracking
 from gemma2.posttrain.training.trainer_options import check_trainer_options
@@ -48,6 +49,10 @@ class CommandChecks:
     def inputs(self, config: Config) -> list[Input]:
         """Check what headers and names tell of a command; return its models that belong together."""
         check_inputs(config, self.sources.places)
+        if isinstance(config, FilterConfig):
+            from gemma2.posttrain.filters.rules import check_settings  # with numpy, which no other command needs here
+
+            check_settings(config)
         models = check_kinds(config, self.sources.promised)
         check_fronts(config, self.sources.promised)
         check_trainer_options(config)

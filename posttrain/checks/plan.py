@@ -13,7 +13,8 @@ from pathlib import Path
 
 from gemma2.core.errors import UsageError
 from gemma2.core.json_files import JsonObject
-from gemma2.core.outputs.staging import check_output
+from gemma2.core.outputs.manifest import MANIFEST, STATE
+from gemma2.core.outputs.staging import check_output, partial_path
 from gemma2.core.ranks import announced, announced_here
 from gemma2.core.sizes import sizes_apart
 from gemma2.posttrain.planning.disk import disk_of
@@ -25,7 +26,7 @@ from gemma2.posttrain.planning.named_models import NOTHING, NamedModels, sizes_o
 from gemma2.posttrain.planning.verdicts import Verdict, judge
 from gemma2.posttrain.runs.inputs import inputs_of
 from gemma2.posttrain.runs.machine import MAIN, Memory, free_disk, free_memory
-from gemma2.posttrain.runs.run_directory import RunOptions
+from gemma2.posttrain.runs.run_directory import RunOptions, check_interrupted
 from gemma2.posttrain.schemas import DistillConfig, RewardConfig, RlhfConfig, SftConfig, TrainingFields, WarpConfig
 from gemma2.posttrain.schemas.config import Config
 
@@ -71,6 +72,9 @@ def look(config: Config, options: RunOptions | None, named: NamedModels = NOTHIN
     together = checks.inputs(config)
     if options is not None:
         check_output(options.out, options.force, {f"--{role}": path for role, path in models.items()})
+        ended = (partial_path(options.out) / MANIFEST, options.out / STATE)
+        if not any(path.is_file() for path in ended):  # a run that was complete when it was killed is only published
+            check_interrupted(options)
     rows = checks.contents(config, together)
     name = WORD.sub(" ", type(config).__name__.removesuffix("Config")).lower()
     if options is None:

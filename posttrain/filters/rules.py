@@ -6,44 +6,38 @@ from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
-from gemma2.core.errors import UsageError
 from gemma2.posttrain.schemas import FilterConfig
-from gemma2.posttrain.schemas.config import is_given
 from gemma2.posttrain.schemas.filter import FilterName
 
 from .criteria.contamination import EvaluationTexts, contaminated
 from .criteria.form import empty, length, repetition, truncated
 from .criteria.identity import claim_finder
-from .criteria.language import language
-from .criteria.personal import personal
+from .criteria.language import check_codes, language
+from .criteria.personal import check_region, personal
 from .criteria.refusals import disclaimer
 from .criteria.sample import Sample
 from .criteria.unsafe import unsafe
 
-__all__ = ["ORDER", "active_filters", "row_filters"]
+__all__ = ["ORDER", "active_filters", "check_settings", "row_filters"]
 
 RowFilter = Callable[[Sample], str | None]
 
 ORDER: tuple[str, ...] = get_args(FilterName)
-# The settings without which a filter does nothing; any one of them activates it.
-NEEDS = {
-    "length": ("min_words", "max_words", "min_chars", "max_chars"),
-    "language": ("language",),
-    "disclaimer": ("drop_disclaimers",),
-    "unsafe": ("unsafe_words", "safety_model"),
-    "contaminated": ("decontaminate",),
-    "refusal": ("max_refusal_share",),
-}
 
 
 def active_filters(config: FilterConfig) -> list[str]:
-    """Return the names of the filters that run, in order. Raises UsageError for a requested filter without settings."""
-    for name in config.filters:
-        if not _set_up(name, config):
-            flags = " or ".join(f"--{need.replace('_', '-')}" for need in NEEDS[name])
-            raise UsageError(f"--filters {name} does nothing by itself", f"give {flags}")
+    """Return the names of the filters that run, in order."""
     wanted = config.filters or ORDER
-    return [name for name in ORDER if name in wanted and name not in config.skip and _set_up(name, config)]
+    return [name for name in ORDER if name in wanted and name not in config.skip and config.is_set_up(name)]
+
+
+def check_settings(config: FilterConfig) -> None:
+    """Raise UsageError for a language or a region that the library of its filter does not know."""
+    active = active_filters(config)
+    if "language" in active:
+        check_codes(config.language)
+    if "personal" in active:
+        check_region(config.phone_region)
 
 
 def row_filters(config: FilterConfig, evaluation: EvaluationTexts | None) -> dict[str, RowFilter]:
@@ -63,8 +57,3 @@ def row_filters(config: FilterConfig, evaluation: EvaluationTexts | None) -> dic
     if evaluation is not None:
         made["contaminated"] = partial(contaminated, evaluation=evaluation)
     return {name: made[name] for name in active_filters(config) if name in made}
-
-
-def _set_up(name: str, config: FilterConfig) -> bool:
-    needs = NEEDS.get(name, ())
-    return not needs or any(is_given(getattr(config, need)) for need in needs)

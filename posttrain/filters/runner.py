@@ -21,10 +21,9 @@ from gemma2.posttrain.schemas import FilterConfig
 
 from .chunks import ChunkStore
 from .criteria.contamination import EvaluationTexts, read_evaluation
-from .criteria.language import check_codes
 from .decide import decide
 from .pool import Rows, scanned
-from .rules import active_filters
+from .rules import active_filters, check_settings
 from .scan import Scanner
 from .write import summary_of, write_rows
 
@@ -42,8 +41,7 @@ def run_filter(config: FilterConfig, options: RunOptions, progress: Progress = S
     Raises UsageError for filters that are not set up, InputError for unusable rows or evaluation sets.
     """
     active = active_filters(config)
-    if config.language:
-        check_codes(config.language)
+    check_settings(config)
     with open_run("filter", config, options) as run:
         evaluation = None
         if "contaminated" in active:

@@ -22,6 +22,7 @@ from gemma2.core.progress import Progress, Task
 from gemma2.posttrain.provenance.output_state import can_go_on
 from gemma2.posttrain.runs.commands import output_hash, spell
 from gemma2.posttrain.runs.finished import tidy
+from gemma2.posttrain.runs.way_on import in_a_pipeline
 from gemma2.posttrain.schemas import Resources
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.pipeline import LAUNCHED
@@ -122,6 +123,7 @@ class Scheduler:
             shown = len(self.status)
             if self.started and not moved:
                 self._wait()
+        bar.advance(len(self.status) - shown)  # those of the last wait
         self._close_bars()
 
     def _raise(self, failed: Sequence[str]) -> None:
@@ -131,6 +133,7 @@ class Scheduler:
             raise RuntimeError(f"stage {first} has a bug:\n{outcome.traceback}")
         others = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
         what, _, hint = outcome.error.partition("; ")
+        hint = in_a_pipeline(hint)
         log = self.pipeline.root / "logs" / f"{first}.log"
         code = outcome.code if outcome.code > 0 else 1
         raise StageFailed(f"stage {first}: {what}{others}", f"{hint + '; ' if hint else ''}its log is {log}", code)

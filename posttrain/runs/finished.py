@@ -19,7 +19,15 @@ from pathlib import Path
 from gemma2.core.errors import Gemma2Error
 from gemma2.core.json_files import JsonObject
 from gemma2.core.outputs.manifest import STATE, read_manifest, read_state
-from gemma2.core.outputs.staging import check_output, check_partial, locked, partial_path, publish, remove_tokens
+from gemma2.core.outputs.staging import (
+    check_named,
+    check_output,
+    check_partial,
+    locked,
+    partial_path,
+    publish,
+    remove_tokens,
+)
 from gemma2.core.ranks import announced, join
 from gemma2.posttrain.provenance.origin import changes
 from gemma2.posttrain.provenance.output_state import broken_files
@@ -49,7 +57,8 @@ def publish_finished(config: Config, options: RunOptions) -> RunResult | None:
 
 
 def _published(config: Config, options: RunOptions) -> RunResult | None:
-    out, partial = options.out, partial_path(options.out)
+    out = check_named(options.out)
+    partial = partial_path(out)
     moved = (out / STATE).is_file()
     found = out if moved else partial
     if not (found / STATE).is_file():

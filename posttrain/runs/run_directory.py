@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2.core.errors import InputError, OutputError, UsageError
+from gemma2.core.errors import Gemma2Error, InputError, OutputError, UsageError
 from gemma2.core.json_files import JsonMapping, JsonObject, finite, parse_json, write_json
 from gemma2.core.outputs.manifest import (
     CHECKPOINTS,
@@ -61,6 +61,7 @@ from .memory_shortage import MemoryRecord, out_of_memory
 from .process_spans import processes_by_step
 from .run_options import RunOptions, RunResult
 from .together import goes_on_with_any_number
+from .way_on import with_way_on
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
 
@@ -309,8 +310,10 @@ def open_run(
         try:
             yield run
         except Exception as error:
-            short = out_of_memory(error, config, run.phase or command, _worth_keeping(partial), run.memory)
-            if short is None:
+            kept = _worth_keeping(partial)
+            said = with_way_on(error, kept) if isinstance(error, Gemma2Error) else None
+            short = said or out_of_memory(error, config, run.phase or command, kept, run.memory)
+            if short is None or short is error:
                 raise
             raise short from error
 
@@ -375,17 +378,22 @@ def _prepare(partial: Path, start: Start, origin: JsonObject) -> bool:
         if "continued" in origin:
             write_json(partial / STATE, origin)  # from here it is a run of these versions
         return True
-    if options.resume:
-        raise OutputError(f"no interrupted run exists for --out {options.out} to resume", "drop --resume")
-    if (partial / STATE).is_file() and _worth_keeping(partial) and not options.force:
-        raise OutputError(
-            f"an interrupted run of --out {options.out} exists",
-            "continue it with --resume, or start over with --force",
-        )
+    check_interrupted(options)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_json(partial / STATE, origin)
     return False
+
+
+def check_interrupted(options: RunOptions) -> None:
+    """Raise OutputError for --resume without an interrupted run, and for a start that would throw one away."""
+    partial = partial_path(options.out)
+    begun = (partial / STATE).is_file()
+    if options.resume and not begun:
+        raise OutputError(f"no interrupted run exists for --out {options.out} to resume", "drop --resume")
+    if begun and not (options.resume or options.force) and _worth_keeping(partial):
+        what = f"an interrupted run of --out {options.out} exists"
+        raise OutputError(what, "continue it with --resume, or start over with --force")
 
 
 def _sweep(partial: Path) -> None:
@@ -395,5 +403,9 @@ def _sweep(partial: Path) -> None:
 
 
 def _worth_keeping(partial: Path) -> bool:
-    """Whether an interrupted run has anything to resume from: a checkpoint, finished rows, or a finished stage."""
-    return any(next(partial.glob(pattern), None) is not None for pattern in KEPT)
+    """Whether an interrupted run has anything to resume from: a checkpoint, finished rows, or a finished stage.
+
+    A journal that was opened, and in which nothing is written yet, is nothing.
+    """
+    found = (path for pattern in KEPT for path in partial.glob(pattern))
+    return any(path.suffix != ".jsonl" or path.stat().st_size for path in found)

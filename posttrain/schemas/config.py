@@ -5,11 +5,12 @@ Torch-free. An unknown key is an error that names its path and the closest valid
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from gemma2.core.errors import UsageError
 from gemma2.core.home import at_home, text_at_home
@@ -22,6 +23,7 @@ from .messages import ValueSource, explained
 
 __all__ = [
     "Config",
+    "Need",
     "ValueSource",
     "apply_sets",
     "closest",
@@ -34,6 +36,37 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class Need:
+    """What some settings of a schema need. Given without it they are refused, not ignored in silence.
+
+    fields   settings without an effect where `holds` is false
+    without  why they have none: "without --engine openai"
+    holds    whether a configuration has what they need
+    fix      what gives them an effect, in front of "or drop ..."; empty where dropping is the only fix
+    """
+
+    fields: tuple[str, ...]
+    without: str
+    holds: Callable[[Any], object]
+    fix: str = "give that"
+
+
+def check_needs(config: BaseModel, needs: Iterable[Need]) -> None:
+    """Raise ValueError, as "what; hint", for the first setting that was given and has no effect.
+
+    A setting counts as given where it differs from its default: the configuration that an output records names all.
+    """
+    fields = type(config).model_fields
+    for need in needs:
+        for name in need.fields:
+            default = fields[name].get_default(call_default_factory=True)
+            if getattr(config, name) != default and not need.holds(config):
+                flag = f"--{name.replace('_', '-')}"
+                fix = f"{need.fix}, or drop {flag}" if need.fix else f"drop {flag}"
+                raise ValueError(f"{flag} has no effect {need.without}; {fix}")
+
+
 class Config(BaseModel):
     """Base of every command's schema: frozen, no unknown keys, schema built on first use (start-up time)."""
 
@@ -44,6 +77,7 @@ class Config(BaseModel):
     INCIDENTAL: ClassVar[frozenset[str]] = frozenset()  # fields that affect speed or price, not the result
     SPELT_BY_COMMAND: ClassVar[frozenset[str]] = frozenset()  # fields that the command's words give, not flags
     PATHS_AS_TEXT: ClassVar[frozenset[str]] = frozenset()  # fields of text that may be paths
+    NEEDS: ClassVar[tuple[Need, ...]] = ()  # of the fields that a class adds; those of its bases hold too
 
     @field_validator("*", mode="before")
     @classmethod
@@ -65,6 +99,11 @@ class Config(BaseModel):
         if Path in (field.annotation, *get_args(field.annotation)) or name in cls.PATHS_AS_TEXT:
             return _at_home(value)
         return value
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        check_needs(self, (need for kind in type(self).__mro__ for need in vars(kind).get("NEEDS", ())))
+        return self
 
     def recorded(self) -> JsonObject:
         """The configuration as the manifest of an output records it."""

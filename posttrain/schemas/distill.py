@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from .config import Need
 from .fields import AttentionFields, Data, Dtype, LoraFields, Model, RowFields, Seed, StrategyFields, TrainingFields
 
 
@@ -24,6 +25,21 @@ class FixedDataFields(RowFields, AttentionFields):
 
 class DistillConfig(TrainingFields, LoraFields, StrategyFields, FixedDataFields):
     """Distillation from a teacher on the student's own completions (GKD, 2306.13649)."""
+
+    NEEDS: ClassVar[tuple[Need, ...]] = (
+        Need(
+            ("max_length", "on_overlong", "end_of_turn", "eval_fraction"),
+            "without --data or --teacher-cache",
+            lambda config: config.data is not None or config.teacher_cache is not None,
+            "give one of them",
+        ),
+        Need(
+            ("n", "temperature", "max_new_tokens", "eval_prompts"),
+            "with --teacher-cache, which brings its completions",
+            lambda config: config.teacher_cache is None,
+            "",
+        ),
+    )
 
     model: Model
     teacher: Path | None = Field(None, description="teacher model directory, with the student's tokenizer")

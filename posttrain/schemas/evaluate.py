@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
 from gemma2.core.json_files import JsonMapping, JsonObject
 
-from .config import Config
+from .config import Config, Need
 from .fields import Bounds, CallFields, Data, LaunchFields, Model, Pick, RowFields, SamplingFields, Seed
 from .rlhf import RewardFields
 
@@ -33,6 +33,10 @@ class EvalConfig(DistributionConfig):
 
 class ParetoConfig(DistributionConfig):
     """The KL-reward front: policies, and the line from init to merge at several eta, all measured the same way."""
+
+    NEEDS: ClassVar[tuple[Need, ...]] = (
+        Need(("etas",), "without --merged, where the line ends", lambda config: config.merged is not None),
+    )
 
     policies: tuple[Path, ...] = Field((), description="policy directories")
     init: Path | None = Field(None, description="start of the eta line; default: --sft")

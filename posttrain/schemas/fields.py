@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, JsonValue, field_validator, model_va
 from gemma2.core.json_files import JsonObject
 from gemma2.core.secret_text import LIKE_A_KEY
 
-from .config import Config
+from .config import Config, Need
 
 Model = Annotated[Path, Field(description="model directory or hub id")]
 Data = Annotated[
@@ -184,6 +184,14 @@ LORA_SCALE = 2.0
 
 class LoraFields(Config):
     """Low-rank adaptation."""
+
+    NEEDS: ClassVar[tuple[Need, ...]] = (
+        Need(
+            ("lora_alpha", "lora_dropout", "lora_targets"),
+            "without --lora-rank",
+            lambda config: config.lora_rank > 0,
+        ),
+    )
 
     lora_rank: int = Field(0, ge=0, description="rank of the LoRA adapter; 0 trains all weights")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA scale is alpha / rank; default: twice the rank")

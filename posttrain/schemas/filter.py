@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from .config import Need, is_given
 from .fields import Data, RowFields, Seed
 
 # In the order in which they are applied: the first filter that drops a row gives the reason.
@@ -30,8 +31,61 @@ Subset = Literal["attribution", "hedging", "refusal"]
 UnsafeCategory = Literal["general", "sexual", "slurs"]
 
 
+# The settings without which a filter does nothing; any one of them activates it.
+SWITCHES: dict[str, tuple[str, ...]] = {
+    "length": ("min_words", "max_words", "min_chars", "max_chars"),
+    "language": ("language",),
+    "disclaimer": ("drop_disclaimers",),
+    "unsafe": ("unsafe_words", "safety_model"),
+    "contaminated": ("decontaminate",),
+    "refusal": ("max_refusal_share",),
+}
+# Setting -> the filters that read it.
+READ_BY: dict[str, tuple[str, ...]] = {
+    **{name: (criterion,) for criterion, names in SWITCHES.items() for name in names},
+    **dict.fromkeys(("keep", "keep_patterns"), ("length", "disclaimer", "refusal")),
+    "require_ending": ("truncated",),
+    "max_repetition": ("repetition",),
+    "language_confidence": ("language",),
+    "phone_region": ("personal",),
+    "identity": ("identity",),
+    **dict.fromkeys(("unsafe_terms", "safety_labels", "safety_threshold", "safety_max_length"), ("unsafe",)),
+    "decontaminate_ngram": ("contaminated",),
+    "dedup_on": ("duplicate", "near-duplicate"),
+    **dict.fromkeys(("near_threshold", "shingle_words"), ("near-duplicate",)),
+}
+
+
+def _runs(config: FilterConfig, criterion: str) -> bool:
+    """Whether --filters and --skip leave a filter in."""
+    return criterion not in config.skip and (not config.filters or criterion in config.filters)
+
+
+def _read(name: str) -> Need:
+    readers = READ_BY[name]
+    named = " and ".join(readers)
+    return Need(
+        (name,),
+        f"where --filters or --skip leave out {named}",
+        lambda config: any(_runs(config, criterion) for criterion in readers),
+        f"let {readers[0]} run",
+    )
+
+
 class FilterConfig(RowFields):
     """Drop rows that a model should not learn from, each with its reason (Gemma 2 report, section 4)."""
+
+    NEEDS: ClassVar[tuple[Need, ...]] = (
+        *map(_read, READ_BY),
+        Need(("unsafe_terms",), "without --unsafe-words", lambda config: config.unsafe_words),
+        Need(
+            ("safety_labels", "safety_threshold", "safety_max_length", "batch_size"),
+            "without --safety-model",
+            lambda config: config.safety_model is not None,
+        ),
+        Need(("language_confidence",), "without --language", lambda config: config.language),
+        Need(("decontaminate_ngram",), "without --decontaminate", lambda config: config.decontaminate),
+    )
 
     data: Data
     filters: tuple[FilterName, ...] = Field((), description="use only these filters; default: all that are configured")
@@ -88,6 +142,19 @@ class FilterConfig(RowFields):
     workers: int | None = Field(None, ge=1, description="processes; default: one per core")
     shard_rows: int = Field(100_000, ge=1, description="rows per output file")
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _filters_asked_for_are_set_up(self) -> FilterConfig:
+        for name in self.filters:
+            if not self.is_set_up(name):
+                flags = " or ".join(f"--{switch.replace('_', '-')}" for switch in SWITCHES[name])
+                raise ValueError(f"--filters {name} does nothing by itself; give {flags}")
+        return self
+
+    def is_set_up(self, name: str) -> bool:
+        """Whether a filter has the settings without which it does nothing."""
+        switches = SWITCHES.get(name, ())
+        return not switches or any(is_given(getattr(self, switch)) for switch in switches)
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> FilterConfig:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from gemma2.core.json_files import JsonObject
 
+from .config import Need
 from .fields import (
     REPEATED,
     Data,
@@ -28,6 +29,7 @@ USER_INSTRUCTION = (
     "explain, correct or change something, or a further task on the same subject. Begin with the user's first message."
 )
 
+OF_THE_SERVER = ("base_url", "api_key_env", "concurrency", "timeout", "retries")
 StopText = Annotated[str, Field(min_length=1)]
 
 
@@ -35,6 +37,25 @@ class GenerateConfig(SamplingFields, RewardFields, LaunchFields, RowFields):
     """Teacher completions for prompts, by a local model or a server; resumable at any row."""
 
     REWARD_NEEDED = False
+    NEEDS = (
+        Need(
+            (*OF_THE_SERVER, "logprobs", "request", "price_in", "price_out"),
+            "without --engine openai",
+            lambda config: config.engine == "openai",
+        ),
+        Need(
+            ("reward_clip", "length_penalty", "missing_eos_penalty"),
+            "without a reward",
+            lambda config: config.reward_terms,
+            "give --reward DIR or --reward-fn module:function",
+        ),
+        Need(
+            ("user_instruction",),
+            "without --turns 2",
+            lambda config: config.turns > 1,
+            "give --turns 2 or more",
+        ),
+    )
     INCIDENTAL = frozenset({"concurrency", "timeout", "retries", "price_in", "price_out", "api_key_env"})
 
     teacher: Path = Field(description="model directory or hub id; with --engine openai the model's name on the server")

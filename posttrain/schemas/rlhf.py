@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from .config import Config
+from .config import Config, Need
 from .fields import (
     CallFields,
     Data,
@@ -126,6 +126,8 @@ class VllmFields(Config):
 
 class RlFields(RewardFields, VllmFields, LoraFields, RowFields):
     """The RL stage of WARP (2406.16768, Algorithm 1, lines 3-8)."""
+
+    NEEDS: ClassVar[tuple[Need, ...]] = (Need(("mu",), "without --anchor ema", lambda config: config.anchor == "ema"),)
 
     prompts_per_step: int = Field(16, ge=1, description="distinct prompts per optimizer step")
     n: int = Field(4, ge=2, description="samples per prompt: the group of the leave-one-out baseline")

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from .config import Need
 from .fields import AttentionFields, LoraOutputFields, Model, RowFields, StrategyFields, TrainingFields
 
 
 class SftConfig(TrainingFields, LoraOutputFields, StrategyFields, RowFields, AttentionFields):
     """Supervised fine-tuning on prompts and completions, or on conversations."""
+
+    NEEDS: ClassVar[tuple[Need, ...]] = (
+        Need(
+            ("eval_every",),
+            "without held-out rows",
+            lambda config: config.eval_data is not None or config.eval_fraction > 0,
+            "give --eval-data, or an --eval-fraction above 0",
+        ),
+        Need(
+            ("eval_fraction",),
+            "with --eval-data, which is what is held out",
+            lambda config: config.eval_data is None or config.eval_fraction == 0,
+            "",
+        ),
+    )
 
     model: Model
     data: tuple[Path, ...] = Field(

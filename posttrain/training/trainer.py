@@ -57,7 +57,7 @@ __all__ = [
     "trainer_arguments",
 ]
 
-LOWER = "lower --learning-rate; --resume continues from the last checkpoint"
+LOWER = "lower --learning-rate"
 # Name of a metric in transformers -> name in metrics.jsonl and on the bar.
 RENAMED = {"grad_norm": "gradient_norm"}
 C = TypeVar("C")
@@ -166,10 +166,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not
         """End the run if a watcher asks for it."""
         said = take_alert(self.run.path)
         if said is not None:
-            raise AlertStop(
-                f"step {step} of {self.label}: ended by an alert: {said}",
-                "--resume continues from the last checkpoint, --force starts over",
-            )
+            raise AlertStop(f"step {step} of {self.label}: ended by an alert: {said}")  # `open_run` adds the way on
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

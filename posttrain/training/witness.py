@@ -35,4 +35,4 @@ def measuring(model: Network, what: str, ranks: Ranks = ALONE) -> Iterator[None]
     ran = [with_adapters for part in ranks.gather(ran) for with_adapters in part]
     if not ran or not all(ran):
         found = "without its adapters" if ran else "on another model than the one that is trained"
-        raise GuardStop(f"{what} was measured {found}", "report it; the last checkpoint is kept")
+        raise GuardStop(f"{what} was measured {found}", "report it")

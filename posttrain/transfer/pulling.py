@@ -45,8 +45,7 @@ class Incoming:
 
 def plan_pull(uri: str, out: Path, force: bool = False) -> JsonObject:
     """Return what a pull would fetch. Raises as `pull_output` before it fetches."""
-    check_output(out, force)
-    found = _look(open_remote(uri))
+    found = _look(_source_of(uri, out, force))
     check_space(out, found.bytes)
     return {
         "plan": f"pull {uri} to {out}, nothing was fetched",
@@ -62,13 +61,19 @@ def pull_output(uri: str, out: Path, force: bool = False, progress: Progress = S
     Raises InputError for a URI without a complete output and for a file that is not as its manifest says, OutputError
     for an unusable `out`.
     """
-    check_output(out, force)
-    found = _look(open_remote(uri))
+    found = _look(_source_of(uri, out, force))
     with locked(out):
         check_output(out, force)  # again: another process may have published it just before
         with fetched(found, out, progress) as (place, summary):
             publish(place, out, force)
     return {"uri": uri, "command": found.manifest.get("command"), **summary}
+
+
+def _source_of(uri: str, out: Path, force: bool) -> RemoteFolder:
+    """Open the URI. Raises OutputError for an unusable `out`, one that overlaps with the URI for example."""
+    remote = open_remote(uri)
+    check_output(out, force, {"URI": remote.local} if remote.local else None)
+    return remote
 
 
 def look_at_remote(uri: str) -> Incoming:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +49,7 @@ class Outgoing:
 
 def plan_push(uri: str, outputs: Sequence[Path]) -> JsonObject:
     """Return what a push would copy, without a connection. Raises as `push_outputs` for what is here."""
-    open_remote(uri)
+    _check_places(open_remote(uri), outputs)
     rows = [
         {"output": str(one.place), "uri": _joined(uri, one.name), "files": len(one.files), "bytes": one.bytes}
         for one in _outgoing(outputs)
@@ -63,7 +65,10 @@ def push_outputs(uri: str, outputs: Sequence[Path], force: bool = False, progres
     its place (without `force`), and for a file that is not read back as it was sent.
     """
     remote = open_remote(uri)
+    _check_places(remote, outputs)
     outgoing = _outgoing(outputs)
+    if remote.local is None and remote.size(MANIFEST) is not None:
+        raise OutputError(f"{uri} is an output, into which nothing is copied", "give the folder that is to hold both")
     rows = [_push(one, remote.below(one.name), force, progress) for one in outgoing]
     return {"sent_files": sum(_of(rows, "sent_files")), "sent_bytes": sum(_of(rows, "sent_bytes")), "outputs": rows}
 
@@ -74,6 +79,41 @@ def _of(rows: Sequence[JsonObject], key: str) -> list[int]:
 
 def _joined(uri: str, name: str) -> str:
     return f"{uri.rstrip('/')}/{name}"
+
+
+def _check_places(remote: RemoteFolder, outputs: Sequence[Path]) -> None:
+    """Refuse arguments in the order of `cp`, a folder in an output, and a copy that would meet what it is made from.
+
+    Raises UsageError for the order, OutputError for the folder.
+    """
+    here = remote.local
+    last = _as_given(outputs[-1])
+    if here is not None and (here / MANIFEST).is_file() and fault_of(outputs[-1]):
+        words = shlex.join(["gemma2", "push", last, remote.uri, *map(str, outputs[:-1])])
+        raise UsageError(f"{remote.uri} is an output, and {last} is not one", f"the URI comes first: {words}")
+    if here is None:
+        return
+    for folder in (here, *here.parents):
+        if (folder / MANIFEST).is_file():
+            raise OutputError(
+                f"{remote.uri} is in the output {folder}, into which nothing is copied"
+                if folder != here
+                else f"{remote.uri} is an output, into which nothing is copied",
+                "the URI comes first, then the outputs: give the folder that is to hold the copies",
+            )
+    for place in outputs:
+        source, target = place.resolve(), here / _name(place)
+        if target == source or target in source.parents or source in target.parents:
+            raise OutputError(f"{_joined(remote.uri, _name(place))} and the output {place} overlap", "give another URI")
+
+
+def _as_given(place: Path) -> str:
+    """An argument as it was typed: a path has one slash where the address of a store has two."""
+    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*):/(?=[^/])", r"\1://", str(place))
+
+
+def _name(place: Path) -> str:
+    return Path(os.path.abspath(place)).name
 
 
 def _outgoing(outputs: Sequence[Path]) -> list[Outgoing]:
@@ -87,10 +127,10 @@ def _outgoing(outputs: Sequence[Path]) -> list[Outgoing]:
 
 def _read(place: Path) -> Outgoing:
     """The files of an output. Raises InputError for one that is not complete."""
-    name = Path(os.path.abspath(place)).name
+    name = _name(place)
     fault = fault_of(place) if place.is_dir() else "is not a directory"
     if fault:
-        raise InputError(f"{place} {fault}", "push outputs that are complete")
+        raise InputError(f"{_as_given(place)} {fault}", "push outputs that are complete")
     texts = {name: (place / name).read_bytes() for name in manifests_in(place)}
     files: list[ListedFile] = []
     for manifest, text in texts.items():

@@ -66,6 +66,8 @@ def open_remote(uri: str) -> RemoteFolder:
     """
     import fsspec
 
+    if not uri.strip():  # fsspec takes it for the working folder
+        raise UsageError("the URI is empty", "give s3://BUCKET/FOLDER, gs://..., or a path")
     if masked(uri) != uri:
         raise UsageError(f"{masked(uri)} holds a password or key", "keep it in the environment of its package")
     if "::" in uri or "?" in uri or "#" in uri:
@@ -127,6 +129,11 @@ class RemoteFolder:
     def below(self, name: str) -> RemoteFolder:
         """A folder in it."""
         return RemoteFolder(f"{self.uri}/{name}", self.system, f"{self.path}/{name}")
+
+    @property
+    def local(self) -> Path | None:
+        """The folder on this machine, links followed; None for one elsewhere."""
+        return Path(self.path or "/").resolve() if _scheme(self.uri) in ("file", "local") else None
 
     def _of(self, name: str) -> str:
         return f"{self.path}/{name}"

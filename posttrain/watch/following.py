@@ -80,6 +80,10 @@ class Following:
         """Raise UsageError for an alert about a metric that no run had, as far as that can be known."""
         self._check(expected=True)
 
+    def has_kept(self, name: str) -> bool:
+        """Whether a run that has ended has left something to go on from; one without a checkpoint leaves nothing."""
+        return (self._places[name] / STATE).is_file()
+
     # --- a pipeline ---------------------------------------------------------------------------------------------------
 
     def _pipeline(self, found: WatchedOutput, now: float) -> View:

@@ -13,7 +13,7 @@ from gemma2.core.outputs.staging import partial_path
 from gemma2.core.yaml_files import closest
 from gemma2.posttrain.pipelines.state import STATE_FILE, is_running
 
-__all__ = ["WatchedOutput", "find_output", "nothing_there", "read_object"]
+__all__ = ["WatchedOutput", "find_output", "is_interrupted", "nothing_there", "read_object"]
 
 PARTIAL = re.compile(r"^\.(.+)\.partial$")
 
@@ -56,6 +56,11 @@ def find_output(out: Path) -> WatchedOutput | None:
     if out.exists() and not running and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not the output of a gemma2 command", "give the --out of a run or of a pipeline")
     return None
+
+
+def is_interrupted(out: Path) -> bool:
+    """Whether an interrupted run of `out` is kept, so that its command needs --resume; a pipeline works in `out`."""
+    return (partial_path(out) / STATE).is_file()
 
 
 def nothing_there(out: Path) -> str:

@@ -139,7 +139,7 @@ CLEAN: dict[str, Job] = {
     "rlhf, LoRA": with_fields(rl, lora_rank=2),
     "rlhf, LoRA, factors": with_fields(rl, lora_rank=2, lora_anchor="factors"),
     "rlhf, anchor in host memory": with_fields(rl, anchor_memory="cpu"),
-    "rlhf, no anchor": with_fields(rl, anchor="none", micro_batch_size=3),
+    "rlhf, no anchor": with_fields(rl, anchor="none", mu=0.01, micro_batch_size=3),
     "rlhf, anchor of SFT": with_fields(rl, anchor="sft"),
     "rlhf, three rewards": both_rewards,
     "rlhf, a paper's rate": with_fields(rl, learning_rate=1e-6, mu=0.01, warmup_steps=1),

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from gemma2.core.errors import UsageError
+
 from .published_numbers import EXAMPLE_IBANS, EXAMPLE_IDS, PUBLIC_ADDRESSES, TEST_CARDS
 from .sample import Sample
 from .secrets import has_secret
@@ -23,7 +25,7 @@ from .secrets import has_secret
 if TYPE_CHECKING:
     from phonenumbers import PhoneNumber, PhoneNumberMatch
 
-__all__ = ["personal"]
+__all__ = ["check_region", "personal"]
 
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,24}\b(?!\()", re.I)
 # RFC 2606 and 6761: these domains belong to nobody; and the usual placeholders.
@@ -102,6 +104,14 @@ NATIONAL_ID = {
 UK_NINO = re.compile(r"\b(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D]\b")
 CAPITALS_AND_DIGITS = re.compile(r"[A-Z]{2} ?\d{2}")
 FOUR_NUMBERS = re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d")
+
+
+def check_region(region: str) -> None:
+    """Raise UsageError for a country whose numbers are not known; without one only those with + count."""
+    from phonenumbers import SUPPORTED_REGIONS
+
+    if region and region not in SUPPORTED_REGIONS:
+        raise UsageError(f"--phone-region {region} is not known", "give an ISO 3166 code, for example US, DE or JP")
 
 
 def personal(sample: Sample, region: str) -> str | None:

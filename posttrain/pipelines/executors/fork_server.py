@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -102,6 +103,7 @@ def serve(descriptor: int, modules: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # the libraries' deprecations are not the user's business
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as cli/main.py: it recommends a package on import
     for name in modules:
         with suppress(Exception):  # the work itself reports a library that cannot be imported
             importlib.import_module(name)

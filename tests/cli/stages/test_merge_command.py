@@ -9,7 +9,9 @@ import pytest
 from commands import all_commands
 from safetensors.numpy import load_file, save_file
 
+from gemma2.cli.app import invoke
 from gemma2.cli.main import run
+from gemma2.core.errors import UsageError
 from gemma2.merging.methods.option import OPTIONS
 from gemma2.merging.methods.table import METHODS
 
@@ -161,3 +163,17 @@ def test_the_page_of_a_method_shows_its_own_defaults(capsys):
     }.items():
         assert gemma2(f"merge {name} --help") == 0
         assert shown in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("weights, flags", [("1,-1", []), ("1,-1", ["--normalize"]), ("0.5,0.6", []), ("0,0", [])])
+def test_the_advice_about_the_sum_of_the_weights_leads_to_a_merge(tmp_path, monkeypatch, weights, flags):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write(tmp_path / name, [1.0, 2.0])
+    line = ["merge", "linear", "a", "b", "--weights", weights, "--out", "out", "--dry-run"]
+    with pytest.raises(UsageError, match="--weights sum to") as caught:
+        invoke([*line, *flags])
+    advised = re.findall("--(?:no-)?normalize", caught.value.hint)
+    assert advised == (["--normalize", "--no-normalize"] if weights == "0.5,0.6" else ["--no-normalize"])
+    for flag in advised:
+        assert invoke([*line, flag]) in (0, None)

@@ -1,10 +1,17 @@
-"""`--dry-run` on every command that runs a model or writes: nothing is written, torch is not imported."""
+"""`--dry-run` on every command that runs a model or writes: nothing is written, torch is not imported.
+
+The same command lines show that an `--out` without a name is refused by every command, with --dry-run and without.
+"""
+
+import re
+import shlex
 
 import pytest
 from commands import all_commands
 from light_model import light_model
 from processes import finish, start
 
+from gemma2.cli.main import run
 from gemma2.core.outputs.manifest import write_manifest
 from gemma2.merging.methods.table import METHODS
 
@@ -119,4 +126,73 @@ def test_a_dry_run_writes_nothing_and_imports_nothing_heavy(place, monkeypatch):
     lines += [line for line in WITHOUT.values() if line != "a group"]
     code, _, err = finish(start(SCRIPT, *lines))
     assert (code, err) == (0, "")
+    assert contents(place) == before
+
+
+@pytest.fixture
+def tried(place, monkeypatch, capsys):
+    """Run a command line in the folder of the inputs; return its exit code and what it says on stderr."""
+    monkeypatch.chdir(place)
+
+    def run_line(line):
+        code = run([*shlex.split(line), "--quiet"])
+        return code, capsys.readouterr().err
+
+    return run_line
+
+
+EVAL_QA = "eval --model model --qa rows.jsonl --out x"
+NAMELESS = {
+    name: line
+    for name, line in LINES.items()
+    if re.search(r"--(out|fix) (?!\S+\.)", line)  # not those that write a single file
+}
+
+
+def test_every_command_that_writes_a_directory_has_a_line_here():
+    writing = {name for name, own in all_commands() if any(p.name == "out" and p.metavar == "DIR" for p in own.params)}
+    writing -= {name for name in writing if name.startswith(("eval", "merge ")) or name in UNTRIED | WITHOUT}
+    assert writing - {"pull"} <= set(NAMELESS)
+
+
+@pytest.mark.parametrize("out", [".", "", "/", "..", "sub/.."])
+@pytest.mark.parametrize("dry", ["", " --dry-run"])
+@pytest.mark.parametrize("line", [*NAMELESS.values(), "pull run {}", "eval data --out x", EVAL_QA])
+def test_an_out_without_a_name_is_one_line(place, tried, line, dry, out):
+    """An unset variable in `--out "$OUT"` is the most frequent way to one."""
+    word = shlex.quote(out)
+    line = line.format(word) if "{}" in line else re.sub(r"(--out|--fix) \S+", rf"\1 {word}", line)
+    before = contents(place)
+    code, said = tried(line + dry)
+    line = r"error: (--out|--fix|DIR) \S+ does not name a directory; give the name of a new directory\n"
+    assert re.fullmatch(rf"(warning: .+\n)*{line}", said)
+    assert code == 1
+    assert contents(place) == before
+
+
+# --- what the run refuses, its dry run refuses in the same words ------------------------------------------------------
+
+SFT = "sft --model model --data rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("filter rows.jsonl --language klingon --out x", "--language klingon is not known"),
+        ("filter rows.jsonl --phone-region ZZ --out x", "--phone-region ZZ is not known"),
+        ("filter rows.jsonl --filters length --out x", "--filters length does nothing by itself"),
+        ("filter rows.jsonl --filters contaminated --out x", "--filters contaminated does nothing by itself"),
+        (f"{SFT} --out x --resume", "no interrupted run exists for --out x to resume; drop --resume"),
+        ("filter rows.jsonl --out begun", "an interrupted run of --out begun exists; continue it with --resume"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(place, tried, line, said):
+    journal = place / ".begun.partial" / "checkpoints"
+    journal.mkdir(parents=True, exist_ok=True)
+    (journal.parent / "run.json").write_text("{}")
+    (journal / "state").write_text("x")
+    before = contents(place)
+    found = [tried(f"{line}{dry}") for dry in (" --dry-run", "")]
+    assert found[0] == found[1]
+    assert found[0][0] in (1, 2) and said in found[0][1]
     assert contents(place) == before

@@ -162,3 +162,31 @@ def test_a_path_begins_at_home_in_every_place_of_a_command_line(monkeypatch, nam
     }
     of_another = name in ("plan", "merge plan")  # words that the parser of their command reads
     assert of_another or not any("~" in str(value) for value in values.values())
+
+
+# --- a far guess is worse than none -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["push --to x y", "merge ema a b --eta 0.1 --out o", "eval --out x"])
+def test_a_flag_without_a_near_one_gets_no_guess(capsys, line):
+    said = refused(capsys, *line.split())
+    assert "no such option" in said and "did you mean" not in said and "--help" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "near"),
+    [("sft --modle x", "--model"), ("push --froce a b", "--force"), ("sft --lr-rank 4", "--lora-rank")],
+)
+def test_a_slip_in_a_flag_is_named(capsys, line, near):
+    assert f"did you mean '{near}'?" in refused(capsys, *line.split())
+
+
+def test_a_second_model_of_chat_gets_its_flag(capsys):
+    assert "policy-1 is a second model, and one is taken; compare with it: --against policy-1" in refused(
+        capsys, "chat", "sft", "policy-1"
+    )
+
+
+@pytest.mark.parametrize("flags", [["--gpu", "24GB"], ["--gpus", "2"], ["--measure"]])
+def test_flags_of_plan_without_a_command_are_an_error(capsys, flags):
+    assert "plan names no command; give the command line behind it: gemma2 plan" in refused(capsys, "plan", *flags)

@@ -198,21 +198,30 @@ def job(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_alert_ends_a_run_with_its_own_exit_code(job, tmp_path):
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_alert_ends_a_run_with_its_own_exit_code_and_says_how_it_goes_on(job, tmp_path, saved):
     out = tmp_path / "out"
-    run = start(MAIN, *words(job, out, SHORT), env=environment(job))
+    line = words(job, out, SHORT if saved else SHORT.replace("--save-every 2", "--save-every 1000"))
+    run = start(MAIN, *line, env=environment(job))
     code, _, err = finish(start(MAIN, "watch", out, "--alert", "learning_rate > 1e-9"))
     assert code == 4
-    assert re.search(
-        r"error: alert in out: learning_rate 0.001 > 1e-09 at step \d+; it was ended; its last checkpoint", err
-    )
+    said = r"learning_rate 0\.001 > 1e-09 at step \d+; "
+    kept = "its last checkpoint is kept: the same command with --resume goes on from there"
+    lost = "it had no checkpoint yet: the same command starts it again"
+    assert re.search(rf"error: alert in out: {said[:-2]}; it was ended; {kept if saved else lost}\n", err)
     code, _, err = finish(run)
     assert code == 4
-    assert re.search(
-        r"error: step \d+ of RL: ended by an alert: learning_rate 0.001 > 1e-09 at step \d+; --resume", err
-    )
+    way = "--resume continues from the last checkpoint, --force starts over"
+    assert re.search(rf"error: step \d+ of RL: ended by an alert: {said}{way if saved else lost}\n", err)
+    assert "work done so far" not in err
     partial = partial_path(out)
-    assert list(partial.glob("checkpoints/checkpoint-*/complete.json")) and not (partial / ".alert.json").exists()
+    assert partial.exists() == saved and not (partial / ".alert.json").exists()
+    metrics = partial / "metrics.jsonl"
+    before = metrics.read_text() if saved else ""
+    again = start(MAIN, *line, *["--resume"] * saved, env=environment(job))  # what both of them say
+    wait_for(lambda: (metrics.is_file() and metrics.read_text() != before) or again.poll() is not None)
+    again.send_signal(signal.SIGINT)
+    assert finish(again)[0] == 130
 
 
 @pytest.mark.slow

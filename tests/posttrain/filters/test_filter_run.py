@@ -8,7 +8,7 @@ from processes import finish, start
 from samples import row
 from waiting import wait_for
 
-from gemma2.core.errors import InputError, UsageError
+from gemma2.core.errors import InputError
 from gemma2.posttrain.data.sources import iter_rows
 from gemma2.posttrain.filters import runner
 from gemma2.posttrain.filters.runner import run_filter
@@ -189,7 +189,7 @@ def test_filters_are_chosen_and_left_out(data, tmp_path):
     assert list(run(data, tmp_path / "a", filters=("duplicate", "empty"))["dropped"]) == ["empty", "duplicate"]
     summary = run(data, tmp_path / "b", skip=("personal", "near-duplicate"))
     assert {"personal", "near-duplicate", "length", "refusal"}.isdisjoint(summary["dropped"])
-    with pytest.raises(UsageError, match="--filters language does nothing by itself; give --language"):
+    with pytest.raises(ValueError, match="--filters language does nothing by itself; give --language"):
         run(data, tmp_path / "c", filters=("language",))
 
 

@@ -11,8 +11,10 @@ from text_model import text_of, write_text_model
 
 from gemma2.core.errors import InputError
 from gemma2.core.outputs.manifest import read_manifest
-from gemma2.posttrain.pipelines.check import check_pipeline
+from gemma2.core.progress import SILENT
+from gemma2.posttrain.pipelines.check import ALL, check_pipeline
 from gemma2.posttrain.pipelines.executors.jobs import Outcome
+from gemma2.posttrain.pipelines.run import Watcher, run_stages
 from gemma2.posttrain.pipelines.scheduler import StageFailed
 from gemma2.posttrain.pipelines.state import read_state
 from gemma2.posttrain.runs.commands import COMMANDS, output_hash
@@ -35,6 +37,21 @@ def ran(pipeline, **choice) -> list[str]:
     executor = Inline()
     run(pipeline, executor, **choice)
     return executor.started
+
+
+class Counting(type(SILENT)):
+    """Adds up the stages of a pipeline's bar."""
+
+    done = 0
+
+    def advance(self, amount=1, **fields):
+        self.done += amount
+
+
+def test_the_bar_counts_the_last_stage_too(tmp_path):
+    pipeline, counting = compiled(CHAIN, tmp_path), Counting()
+    run_stages(pipeline, check_pipeline(pipeline), Inline(), choice=ALL, observer=Watcher(), progress=counting)
+    assert counting.done == len(CHAIN)
 
 
 def test_stages_run_in_order_and_take_each_others_outputs(tmp_path):

@@ -216,7 +216,7 @@ def test_a_file_of_another_tool_is_one_fault_with_the_way_to_import_it(faults):
 
 
 def test_a_secret_is_a_fault(faults):
-    ((_, what, _),) = faults("# gemma2 generate: x\nrequest: {api_key: sk-1234567890abcdefghij}\n")
+    ((_, what, _),) = faults("# gemma2 generate: x\nengine: openai\nrequest: {api_key: sk-1234567890abcdefghij}\n")
     assert "is not accepted" in what
 
 

@@ -119,6 +119,8 @@ def configure(root: Path, **fields) -> RlhfConfig:
     }
     if "reward" in fields:
         defaults["reward_fn"] = None
+    if fields.get("anchor", "ema") != "ema":
+        del defaults["mu"]  # refused: nothing is averaged
     return RlhfConfig(**(defaults | fields))
 
 

@@ -69,7 +69,7 @@ def _required(schema: type[Config]) -> dict[str, object]:
     """The least that makes a configuration, whatever else is set."""
     together = {
         DistillConfig: {"teacher": "t", "prompts": "p", "heldout": "h", "data": "d"},
-        GenerateConfig: {"price_in": 1, "price_out": 1},
+        GenerateConfig: {"engine": "openai", "price_in": 1, "price_out": 1},
     }
     return {key: "x" for key, field in schema.model_fields.items() if field.is_required()} | together.get(schema, {})
 

@@ -1,6 +1,8 @@
 """`gemma2 push` and `pull`: whole copies, verified on both sides, that go on after a break."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -184,6 +186,63 @@ def test_another_output_there_is_replaced_only_with_force(place):
         push_outputs("elsewhere", [Path("sft")])
 
 
+# --- where a copy may go ----------------------------------------------------------------------------------------------
+
+
+def said(*words):
+    """What the command line of these words raises; nothing here or there is another afterwards."""
+    before = contents(Path())
+    with pytest.raises((UsageError, OutputError, InputError)) as raised:
+        invoke([*words, "--quiet"])
+    assert contents(Path()) == before
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize("uri", ["sft", "sft/part", "sft/new", "file://{}/sft", "link"])
+def test_nothing_is_copied_into_an_output(place, uri, dry):
+    output(place / "rl")
+    Path("link").symlink_to("sft")
+    assert "into which nothing is copied; the URI comes first, then the outputs" in said(
+        "push", uri.format(place), "rl", *dry
+    )
+
+
+def test_nothing_is_copied_into_an_output_of_a_store(place):
+    push_outputs("memory://runs", [Path("sft")])
+    output(place / "rl")
+    assert said("push", "memory://runs/sft", "rl").startswith("memory://runs/sft is an output, into which nothing is")
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize("uri, source", [(".", "sft"), ("{}", "sft"), (".", "a/a"), ("elsewhere", "sft")])
+def test_a_copy_that_is_or_contains_what_it_is_made_from_is_refused(place, uri, source, force):
+    output(place / "a" / "a")
+    Path("elsewhere").symlink_to(place)
+    assert re.search("and the output .* overlap; give another URI", said("push", uri.format(place), source, *force))
+
+
+@pytest.mark.parametrize("last", ["/some/store", "there", "s3://bucket/x", "memory://a b/c"])
+def test_the_order_of_cp_is_answered_with_the_line_that_runs(place, last):
+    words = said("push", "sft", last)
+    assert words.startswith(f"sft is an output, and {last} is not one; the URI comes first: gemma2 push ")
+    line = shlex.split(words.rpartition(": ")[2])
+    assert line == ["gemma2", "push", last, "sft"]
+    if not last.startswith(("/", "s3")):
+        assert invoke([*line[1:], "--quiet"]) in (0, None)
+
+
+def test_an_empty_uri_is_not_the_working_folder(place):
+    for line in (["push", "", "sft"], ["push", " ", "sft", "--dry-run"], ["pull", "", "back"]):
+        assert said(*line) == "the URI is empty; give s3://BUCKET/FOLDER, gs://..., or a path"
+
+
+def test_pull_names_its_argument_and_not_a_flag_that_it_lacks(place):
+    push_outputs("there", [Path("sft")])
+    assert said("pull", "there/sft", "sft") == "DIR sft exists; choose another DIR, or replace it with --force"
+    assert re.search("^DIR there/sft/new and the URI .* overlap", said("pull", "there/sft", "there/sft/new"))
+
+
 def test_unfinished_outputs_are_refused_on_both_sides(place):
     document = json.loads(Path("sft", MANIFEST).read_text())
     Path("sft", MANIFEST).write_text(json.dumps({**document, "status": "running"}))
@@ -284,7 +343,7 @@ def test_plans_touch_nothing_and_documents_are_json(capsys):
     assert invoke(["pull", "there/sft", "back", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == 1002
     assert not Path("back").exists()
-    with pytest.raises(OutputError, match="--out sft exists; choose another --out, or replace it with --force"):
+    with pytest.raises(OutputError, match="DIR sft exists; choose another DIR, or replace it with --force"):
         invoke(["pull", "there/sft", "sft"])
 
 

@@ -176,6 +176,19 @@ def test_what_a_library_prints_on_import_stays_off_stdout(tmp_path, executor, ca
     assert capfd.readouterr().out == ""
 
 
+def test_a_recommendation_of_a_library_on_import_is_not_shown(tmp_path, executor, capfd):
+    from works import until
+
+    warns = "import logging\nlogging.getLogger('bitsandbytes.backends').warning('Failed to load gemm_4bit')\n"
+    (tmp_path / "recommending.py").write_text(warns)
+    executor.close()
+    executor.modules = ["recommending"]
+    (tmp_path / "go").touch()
+    executor.begin("a", until, str(tmp_path))
+    assert end_of(executor).code == 0
+    assert "Failed to load" not in capfd.readouterr().err
+
+
 def test_a_process_that_cannot_be_forked_fails_its_stage_with_one_line(executor, monkeypatch):
     monkeypatch.setattr(executor.server.control, "recv", lambda: ("refused", executor.asked, "no more processes"))
     monkeypatch.setattr(executor.server.control, "poll", iter([True, False]).__next__)
