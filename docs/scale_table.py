@@ -39,7 +39,7 @@ def rows() -> dict[str, Made]:
             of = {"model": Path(size), "data": (ROWS,), "max_length": TOKENS, **STEP, **fields}
             found[f"sft {size.upper()}, {form}"] = _on(SftConfig(**of))
     for size, teacher in (("2b", "9b"), ("2b", "27b"), ("9b", "27b")):
-        of = {"model": Path(size), "teacher": Path(teacher), "prompts": ROWS, "max_length": TOKENS, **STEP}
+        of = {"model": Path(size), "teacher": Path(teacher), "prompts": ROWS, **STEP}
         found[f"distill {size.upper()} from {teacher.upper()}"] = _on(DistillConfig(max_new_tokens=ANSWER, **of))
     for size in SIZES:
         for form, fields in ADAPTERS.items():  # a pair is two rows
