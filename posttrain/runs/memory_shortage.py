@@ -74,7 +74,7 @@ def smaller_flags(config: Config, on_host: bool) -> list[str]:
         found.append(f"{name} {_less(rows)}")
     for option in ("max_new_tokens", "max_length"):
         value = getattr(config, option, None)
-        if isinstance(value, int) and value > 8:
+        if isinstance(value, int) and value > 8 and option not in config.without_effect():
             found.append(f"--{option.replace('_', '-')} {value // 2}")
     if getattr(config, "anchor_memory", None) == "gpu" and getattr(config, "anchor", "") == "ema" and not on_host:
         found.append("--anchor-memory cpu")

@@ -46,21 +46,14 @@ from gemma2.posttrain.provenance.change import Change
 from gemma2.posttrain.provenance.named_inputs import EVALUATIONS, named_inputs
 from gemma2.posttrain.provenance.origin import origin_of
 from gemma2.posttrain.provenance.recorded_files import check_weights
-from gemma2.posttrain.provenance.version_rule import (
-    continued,
-    goes_on_with,
-    kept_apart,
-    made_with,
-    way_on,
-)
+from gemma2.posttrain.provenance.version_rule import continued, goes_on_with, kept_apart, made_with, way_on
 from gemma2.posttrain.schemas.config import Config
 
 from .accelerator import accelerator_stack, precision_of
 from .live import clear_live
 from .memory_shortage import MemoryRecord, out_of_memory
-from .process_spans import processes_by_step
 from .run_options import RunOptions, RunResult
-from .together import goes_on_with_any_number
+from .together import goes_on_with_any_number, processes_by_step
 from .way_on import with_way_on
 
 __all__ = ["EVALUATIONS", "Parent", "Run", "RunOptions", "RunResult", "open_run", "remove_resume_state", "resumed_with"]
@@ -85,13 +78,7 @@ class Run:
     """One run of one command, open for writing. Made by `open_run`. With several processes only rank 0 writes."""
 
     def __init__(
-        self,
-        command: str,
-        path: Path,
-        options: RunOptions,
-        origin: JsonObject,
-        resumed: bool,
-        ranks: Ranks = ALONE,
+        self, command: str, path: Path, options: RunOptions, origin: JsonObject, resumed: bool, ranks: Ranks = ALONE
     ) -> None:
         self.command = command
         self.ranks = ranks

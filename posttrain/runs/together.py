@@ -12,6 +12,7 @@ An error of one rank is the error of all (`Ranks.agreed`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -21,7 +22,7 @@ from gemma2.posttrain.schemas import EvalConfig, GenerateConfig, ParetoConfig, R
 from gemma2.posttrain.schemas.config import Config
 from gemma2.posttrain.schemas.measures import ChoicesConfig, PerplexityConfig, QaConfig, SuiteConfig, WinRateConfig
 
-__all__ = ["SHARED", "as_one", "goes_on_with_any_number", "together"]
+__all__ = ["SHARED", "as_one", "goes_on_with_any_number", "processes_by_step", "together"]
 
 SHARED: dict[type[Config], str] = {
     GenerateConfig: "generate",
@@ -42,6 +43,24 @@ OWN_ENGINE = {GenerateConfig: "transformers", SuiteConfig: "gemma2"}
 def goes_on_with_any_number(command: str) -> bool:
     """Whether an interrupted run of a command may go on with another number of processes."""
     return command in SHARED.values()
+
+
+def processes_by_step(said: str, step: int, processes: int) -> str:
+    """Return the line of a run that goes on from `step` with `processes`; "" if all of its steps have the same number.
+
+    said  the line so far, or a number alone. What it has from `step` on is computed again, and is left out.
+
+    >>> processes_by_step("2, from step 4: 1", 6, 4)
+    '2, from step 4: 1, from step 6: 4'
+    >>> processes_by_step("2, from step 4: 1", 2, 1)
+    '2, from step 2: 1'
+    """
+    parts = re.findall(r"(?:from step (\d+): )?(\d+)", said)
+    kept = [(int(start or 0), int(many)) for start, many in parts if int(start or 0) < step]
+    if not kept or kept[-1][1] != processes:
+        kept.append((step, processes))
+    later = "".join(f", from step {start}: {many}" for start, many in kept[1:])
+    return f"{kept[0][1]}{later}" if later else ""
 
 
 def as_one(config: Config) -> AbstractContextManager[object]:

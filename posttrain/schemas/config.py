@@ -5,7 +5,7 @@ Torch-free. An unknown key is an error that names its path and the closest valid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_args
@@ -102,8 +102,16 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Self:
-        check_needs(self, (need for kind in type(self).__mro__ for need in vars(kind).get("NEEDS", ())))
+        check_needs(self, self._needs())
         return self
+
+    @classmethod
+    def _needs(cls) -> Iterator[Need]:
+        return (need for kind in cls.__mro__ for need in vars(kind).get("NEEDS", ()))
+
+    def without_effect(self) -> set[str]:
+        """The fields that have no effect next to the others, and would be refused if they were given."""
+        return {name for need in self._needs() if not need.holds(self) for name in need.fields}
 
     def recorded(self) -> JsonObject:
         """The configuration as the manifest of an output records it."""

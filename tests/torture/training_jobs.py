@@ -100,7 +100,8 @@ def distilled(root: Path, out: Path, progress: object, **fields: object) -> obje
 
 def rl(root: Path, out: Path, progress: object, **fields: object) -> object:
     """RL from a reward model, or from a function."""
-    given = {"steps": STEPS, "prompts_per_step": 2, "n": 3, "max_new_tokens": 16, "temperature": 1.0, "mu": 0.3}
+    given = {"steps": STEPS, "prompts_per_step": 2, "n": 3, "max_new_tokens": 16, "temperature": 1.0}
+    given |= {"mu": 0.3} if fields.get("anchor", "ema") == "ema" else {}
     given |= {"learning_rate": 1e-3, "warmup_steps": 0, "eval_every": 1, "eval_prompts": 12, "save_every": 100}
     given |= {"heldout": root / "prompts.jsonl"}
     given |= {} if {"reward", "reward_fn"} & fields.keys() else {"reward": root / "reward"}
@@ -139,7 +140,7 @@ CLEAN: dict[str, Job] = {
     "rlhf, LoRA": with_fields(rl, lora_rank=2),
     "rlhf, LoRA, factors": with_fields(rl, lora_rank=2, lora_anchor="factors"),
     "rlhf, anchor in host memory": with_fields(rl, anchor_memory="cpu"),
-    "rlhf, no anchor": with_fields(rl, anchor="none", mu=0.01, micro_batch_size=3),
+    "rlhf, no anchor": with_fields(rl, anchor="none", micro_batch_size=3),
     "rlhf, anchor of SFT": with_fields(rl, anchor="sft"),
     "rlhf, three rewards": both_rewards,
     "rlhf, a paper's rate": with_fields(rl, learning_rate=1e-6, mu=0.01, warmup_steps=1),

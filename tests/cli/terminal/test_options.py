@@ -81,7 +81,9 @@ def test_flags_of_every_kind_reach_the_configuration(resolved):
         "generate", "--teacher", "t", "--prompts", "p", "--set", "keep_truncated=true", "--no-keep-truncated"
     )
     assert back.keep_truncated is False
-    lists, _ = resolved("pareto", "--sft", "s", "--prompts", "p", "--policies", "a, b", "--etas", "0,.3,1")
+    lists, _ = resolved(
+        "pareto", "--sft", "s", "--prompts", "p", "--policies", "a, b", "--merged", "b", "--etas", "0,.3,1"
+    )
     assert lists.policies == (Path("a"), Path("b"))
     assert lists.etas == (0.0, 0.3, 1.0)
 

@@ -54,12 +54,14 @@ def configure(root: Path, **fields) -> DistillConfig:
         "max_new_tokens": 10,
         "learning_rate": 1e-3,
         "eval_every": 100,
-        "eval_fraction": 0.2,
     }
     if "teacher_cache" in fields:
         defaults |= {"teacher": None, "prompts": None, "heldout": None}
+        del defaults["max_new_tokens"]  # the completions are there
     if fields.get("on_policy_fraction", 1.0) < 1:
         defaults |= {"data": root / "data.jsonl"}
+    if {"data", "teacher_cache"} & {*defaults, *fields}:
+        defaults |= {"eval_fraction": 0.2}
     return DistillConfig(**(defaults | fields))
 
 

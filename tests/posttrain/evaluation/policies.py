@@ -56,13 +56,13 @@ def pareto_config(root, iteration=None, **more):
     fields = {
         "sft": root / "sft",
         "prompts": root / "heldout.jsonl",
-        "etas": (0.0, 0.5, 1.0),
         "reward_fn": "policies:reward",
         "max_new_tokens": 6,
     }
     if iteration:
         here = root / f"iteration-{iteration}"
         fields |= {"policies": (here / "policy-1", here / "slerp"), "merged": here / "slerp"}
+        fields |= {"etas": (0.0, 0.5, 1.0)}
     return ParetoConfig(**(fields | more))
 
 

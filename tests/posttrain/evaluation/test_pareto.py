@@ -90,11 +90,11 @@ def settings(world, **more):
         "prompts": root / "heldout.jsonl",
         "policies": (places["base"], places["policy-1"], places["slerp"]),
         "merged": places["slerp"],
-        "etas": (0.0, 0.25, 0.5, 1.0),
         "reward_fn": f"{__name__}:reward",
         "max_new_tokens": 6,
-    }
-    return ParetoConfig(**(fields | more))
+    } | more
+    line = {} if fields["merged"] is None else {"etas": (0.0, 0.25, 0.5, 1.0)}
+    return ParetoConfig(**(line | fields))
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_a_front_of_the_sft_policy_alone(world, tmp_path):
     ("words", "message"),
     [
         ("--init base", "--init is given and --merged is not; give --merged"),
-        ("--etas 0.5,1.5", r"--etas 0\.5 1\.5: not all in 0 \.\. 1"),
+        ("--merged base --etas 0.5,1.5", r"--etas 0\.5 1\.5: not all in 0 \.\. 1"),
         ("--reference 5", r"--reference 5: not a KL above 0 and a reward; give KL,REWARD, such as 10,0\.5"),
         ("--reference 0,1", "--reference 0,1: not a KL above 0"),
         ("--reference 1,2,3", "--reference 1,2,3: not a KL above 0"),

@@ -292,8 +292,8 @@ def test_shards_hold_as_many_rows_as_asked(inputs, tmp_path):
         ({"best": 1}, "--best needs --reward"),
         ({"best": 3, "n": 2, "reward_fn": "m:f"}, "--best 3 of --n 2"),
         ({"reward_fn": "m:f", "reward_weights": (1, 2)}, "2 weights for 1 terms"),
-        ({"price_in": 1.0}, "both --price-in and --price-out"),
-        ({"base_url": "ftp://x/v1"}, "is not an http address"),
+        ({"engine": "openai", "price_in": 1.0}, "both --price-in and --price-out"),
+        ({"engine": "openai", "base_url": "ftp://x/v1"}, "is not an http address"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(fields, words):
@@ -304,5 +304,5 @@ def test_settings_that_contradict_each_other_are_refused(fields, words):
 @pytest.mark.parametrize("url", ["https://me:hunter2@host/v1", "https://host/v1?api_key=hunter2"])
 def test_an_address_that_holds_a_secret_is_refused_without_repeating_it(url):
     with pytest.raises(UsageError, match="holds credentials") as raised:
-        resolve(GenerateConfig, flags={"teacher": "t", "prompts": "p", "base_url": url})
+        resolve(GenerateConfig, flags={"teacher": "t", "prompts": "p", "engine": "openai", "base_url": url})
     assert "hunter2" not in str(raised.value)

@@ -23,7 +23,7 @@ def budget(prompts, **fields):
 
 
 def test_one_turn_by_hand(prompts):
-    figures = budget(prompts, n=3, max_new_tokens=100, price_in=2.0, price_out=10.0)
+    figures = budget(prompts, n=3, max_new_tokens=100, engine="openai", price_in=2.0, price_out=10.0)
     assert figures["prompts"] == 2 and figures["completions"] == figures["requests"] == 6
     assert figures["prompt_tokens_about"] == 3 * (105 + 205)  # 4 bytes a token, 5 for a message
     assert figures["drawn_tokens_at_most"] == 600

@@ -105,8 +105,10 @@ def test_a_run_killed_while_its_result_is_written_takes_no_further_step(inputs, 
 
 
 def test_best_weights_without_rows_to_compare_them_on_are_refused(inputs, tmp_path):
+    one = tmp_path / "one.jsonl"
+    one.write_text((inputs / "data.jsonl").read_text().splitlines()[0] + "\n")
     with pytest.raises(UsageError, match="no rows are held out"):
-        run_sft(configure(inputs, eval_fraction=0, eval_every=2, keep="best"), RunOptions(tmp_path / "out"))
+        run_sft(configure(inputs, data=one, eval_every=2, keep="best"), RunOptions(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", ["hub_token", "push_to_hub", "completion_only_loss", "train_sampling_strategy"])

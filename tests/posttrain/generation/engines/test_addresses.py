@@ -124,7 +124,9 @@ def test_another_model_and_another_address_are_recorded_and_warned_of_once(tmp_p
 
 def test_warnings_have_an_end():
     heard = Listening()
-    engine = server.ServerEngine(GenerateConfig(teacher="m", prompts="p", base_url="http://localhost:1/v1"), heard)
+    engine = server.ServerEngine(
+        GenerateConfig(teacher="m", prompts="p", engine="openai", base_url="http://localhost:1/v1"), heard
+    )
     for i in range(100):
         engine._warn("prompts", f"prompt {i}")
     engine._warn("models", "another model")
