@@ -38,6 +38,8 @@ def run(source: Path, out: Path, steps: int, **chosen: Any) -> list[dict[str, An
         fields |= {"prompts": source / "models" / "prompts.jsonl", "heldout": source / "models" / "heldout.jsonl"}
         words = [GEMMA2, "rlhf", "--quiet", "--force"]
         for name, value in (fields | RECIPE | chosen).items():
+            if name == "mu" and chosen["anchor"] != "ema":
+                continue
             words += [f"--{name}", str(value)]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -124,7 +124,8 @@ def _trained(warp: Mapping[str, Any], prefix: str) -> dict[str, StageFile]:
     found[FOUR] = four[TWO]
     found[LERP] = StageFile(command="merge linear", options={"models": found[TWO].options["models"]})
     for m in (1, 2):
-        found[f"fixed/policy-{m}"] = _with(found[f"iteration-1/policy-{m}"], anchor="sft")
+        moving = found[f"iteration-1/policy-{m}"]
+        found[f"fixed/policy-{m}"] = _with(_without(moving, "mu"), anchor="sft")  # which refuses what it ignores
     first = found[ONE].options
     found[RUNS["long"]] = _with(found[ONE], steps=steps_of(RUNS["long"]), seed=first["seed"] + 50)
     rare = {"eval_every": 10_000, "eval_prompts": 8, "save_every": 10_000}
@@ -138,6 +139,10 @@ def _trained(warp: Mapping[str, Any], prefix: str) -> dict[str, StageFile]:
 
 def _with(stage: StageFile, **options: Any) -> StageFile:
     return stage.model_copy(update={"options": {**stage.options, **options}})
+
+
+def _without(stage: StageFile, name: str) -> StageFile:
+    return stage.model_copy(update={"options": {key: value for key, value in stage.options.items() if key != name}})
 
 
 def _measured(front: StageFile, stages: Mapping[str, StageFile], prefix: str) -> Iterator[tuple[str, StageFile]]:

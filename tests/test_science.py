@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from processes import ROOT
 
+from gemma2.posttrain.pipelines.check import check_pipeline
+
 
 def load(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
@@ -186,6 +188,10 @@ def stages(science):
 
 def different(a, b):
     return {key for key in a.options if a.options[key] != b.options[key]}
+
+
+def test_every_stage_is_accepted_before_anything_runs(science, tmp_path):
+    assert check_pipeline(science.pipeline_of([0], tmp_path)).problems == []
 
 
 def test_fixed_runs_differ_from_those_of_iteration_1_in_the_anchor_alone(stages):

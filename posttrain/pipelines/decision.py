@@ -211,14 +211,14 @@ def _moved(value: object, places: Mapping[str, str]) -> object:
 
 
 def _configured(stage: Stage, known: JsonObject, deferred: Collection[str]) -> Config | None:
-    """Return the configuration; None if a required option comes from the result of another stage."""
+    """Return the configuration; None if what it needs, or is compared with, is the result of another stage."""
     try:
         return stage.config(known)
     except UsageError as error:
         cause = error.__cause__
         problems = cause.errors() if isinstance(cause, ValidationError) else []
         own = [one for one in problems if one["loc"] and one["loc"][0] not in deferred]
-        if own or not problems:
+        if own or not problems or not deferred:  # without a place: of options that do not go together
             raise
         return None
 

@@ -105,6 +105,13 @@ CASES = {
         lambda p: {"a": stage("sft", data=[f"{p}/rows.jsonl"])},
         r"'stages\.a\.options\.model' is missing",
     ),
+    "options that do not go together": (
+        lambda p: {
+            "s": stage("sft", model=f"{p}/sft", data=[f"{p}/rows.jsonl"]),
+            "a": stage("rlhf", policy="${s.out}", reward_fn=[FUNCTION], prompts=f"{p}/p.jsonl", anchor="sft", mu=0.3),
+        },
+        r"stages\.a\.options: --mu has no effect without --anchor ema; give that, or drop --mu",
+    ),
     "a wrong value beside one that is not known yet": (
         lambda p: {
             "f": stage("pareto", sft=f"{p}/sft", reward_fn=[FUNCTION], prompts=f"{p}/p.jsonl"),
